@@ -1,0 +1,154 @@
+"""run_unlearn.py: parse, load, train, save, push."""
+
+import logging
+import os
+import shutil
+import sys
+import time
+
+from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.parsing import parse
+
+logger = logging.getLogger("llm_unlearn")
+
+
+def main(argv=None):
+    """Run one unlearning job.
+
+    Args:
+        argv: list of words; None takes the process's own.
+    Returns:
+        int exit code: 0 done, 2 the user's mistake, 3 saved but not pushed.
+    """
+    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(argv):
+    parsed = parse(argv)
+    if parsed is None:
+        return
+    from llm_unlearn.data.splits import check_trainable
+    from llm_unlearn.output_directory import check_output_directory, output_directory
+
+    _set_up_logging(parsed.args)
+    for note in dict.fromkeys(parsed.notes):
+        logger.info(note)
+    check_trainable(parsed.data.domain)
+    start_model(parsed)
+    parsed.args.output_dir = output_directory(parsed.method, parsed.args, parsed.model, parsed.data)
+    check_output_directory(parsed.args)
+    trainer, sources = build_trainer(parsed)
+    _say_what_runs(parsed, trainer)
+    if not parsed.args.do_unlearn:
+        logger.info("--do_unlearn False: everything is prepared, nothing was trained")
+        return
+    _train_and_save(parsed, trainer, sources)
+
+
+def start_model(parsed):
+    """Return the model from which a run starts.
+
+    Args:
+        parsed: Parsed command line.
+    Returns:
+        str: the target model; for `retrain` and `finetune` --model_name_or_path where it is given.
+    Raises:
+        UserError: no model was named.
+    """
+    from llm_unlearn.methods.finetune import FinetuneTrainer
+
+    names = [parsed.model.target_model_name_or_path, parsed.model.model_name_or_path]
+    if issubclass(parsed.trainer, FinetuneTrainer):
+        names.reverse()
+    found = next((name for name in names if name), None)
+    if found is None:
+        raise UserError("no model was named; pass --target_model_name_or_path FOLDER_OR_HUB_NAME")
+    return found
+
+
+def build_trainer(parsed):
+    """Load model, tokenizer and data, and make the trainer.
+
+    Args:
+        parsed: Parsed command line, its output directory resolved.
+    Returns:
+        (UnlearnTrainer, {stream: Source}).
+    Raises:
+        UserError: whatever is wrong with the model, the data or the flags, before any training.
+    """
+    from transformers import set_seed
+
+    from llm_unlearn.data.training_sets import training_sets
+    from llm_unlearn.models import check_vocabulary, context_length, load_model, load_tokenizer, with_lora
+
+    args, flags, name = parsed.args, parsed.model, start_model(parsed)
+    if flags.trust_remote_code and flags.model_revision == "main":
+        raise UserError("--trust_remote_code True runs code from the Hub; pin it with --model_revision COMMIT")
+    set_seed(args.seed)
+    hub = {
+        "revision": flags.model_revision, "cache_dir": flags.cache_dir, "token": flags.token,
+        "trust_remote_code": flags.trust_remote_code,
+    }  # fmt: skip
+    tokenizer = load_tokenizer(flags.tokenizer_name or name, **hub)
+    parsed.context_length = context_length(name, **hub)
+    sources, train_dataset, eval_dataset = training_sets(parsed, tokenizer)
+    quantization = _quantization(flags)
+    model = load_model(
+        name, flags.dtype, attn_implementation=flags.attn_implementation, quantization_config=quantization, **hub
+    )
+    check_vocabulary(model, tokenizer)
+    trainer = parsed.trainer(
+        model=with_lora(model, flags),
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    return trainer, sources
+
+
+def _quantization(flags):
+    from trl import get_quantization_config
+
+    return get_quantization_config(flags)
+
+
+def _train_and_save(parsed, trainer, sources):
+    from llm_unlearn.checkpoints import checkpoints_of, save_final
+    from llm_unlearn.hub import push_checkpoint
+    from llm_unlearn.records import as_json, model_card, run_record
+
+    args = parsed.args
+    resumes = args.resume_from_checkpoint not in (None, False, "False", "false")
+    if args.overwrite_output_dir and not resumes and args.should_save:
+        for stale in checkpoints_of(args.output_dir):
+            shutil.rmtree(stale)
+    started = time.time()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    record = run_record(parsed, trainer, sources, time.time() - started)
+    save_final(trainer, {"unlearning.json": as_json(record), "README.md": model_card(record)})
+    logger.info("the unlearned model is in %s", args.output_dir)
+    if trainer.push_requested and trainer.is_world_process_zero():
+        token = args.hub_token or parsed.model.token
+        push_checkpoint(args.output_dir, args.hub_model_id, token, args.hub_private_repo, args.hub_revision)
+
+
+def _say_what_runs(parsed, trainer):
+    dataset, args = trainer.train_dataset, trainer.args
+    tokens = dataset.num_tokens()
+    streams = ", ".join(f"{name} {size} sequences / {tokens[name]} tokens" for name, size in dataset.sizes.items())
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else int(-(-len(dataset) // rows_per_step) * args.num_train_epochs)
+    logger.info("%s on %s: %s; %d optimizer steps", parsed.method, start_model(parsed), streams, steps)
+    logger.info("the checkpoint goes to %s", args.output_dir)
+
+
+def _set_up_logging(args):
+    """Log to stderr on the first process; the others say warnings only."""
+    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(level)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

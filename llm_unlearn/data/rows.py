@@ -1,0 +1,185 @@
+"""Rows from files: JSON Lines, JSON, CSV and Parquet, each row checked before any training starts."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+from llm_unlearn.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+TEXT_COLUMNS = ("text", "content", "input")
+SHAPES = "text (or content) | question, answer | prompt, completion | messages | question, choices, answer"
+
+
+def read_rows(path):
+    """Read and check one file of rows.
+
+    JSON and JSON Lines are told apart by content, not by name.
+
+    Args:
+        path: file ending in .jsonl, .json, .csv or .parquet.
+    Returns:
+        list of dicts in the canonical columns of `canonical_row`; other columns are kept.
+    Raises:
+        UserError: missing file, malformed row (file, row number, reason), missing column, or no rows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"data file '{path}' does not exist")
+    readers = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise UserError(f"'{path}' ends in '{path.suffix}'; a data file ends in one of {', '.join(SUFFIXES)}")
+    return check_rows(readers[path.suffix](path), str(path))
+
+
+def check_rows(rows, source):
+    """Bring rows into canonical columns, or refuse them.
+
+    Args:
+        rows: iterable of dicts, or of (row number, dict) pairs.
+        source: what to call them in an error message.
+    Returns:
+        list of dicts.
+    Raises:
+        UserError: naming source, row number (from 1) and reason; also when there is no row at all.
+    """
+    checked = []
+    for number, row in enumerate(rows, start=1):
+        number, row = row if isinstance(row, tuple) else (number, row)
+        try:
+            checked.append(canonical_row(row))
+        except ValueError as error:
+            raise UserError(f"{source}, row {number}: {error}") from error
+    if not checked:
+        raise UserError(f"{source} has no rows")
+    return checked
+
+
+def canonical_row(row):
+    """Return a row whose content stands in the columns that tokenization reads.
+
+    Canonical forms: `text`; `question` + `answer` (multiple choice: `choices` too, and `answer` is the chosen text, its
+    number in `answer_index`); `prompt` + `completion`; `messages`.
+
+    Args:
+        row: a dict in any accepted form.
+    Returns:
+        dict, other columns kept.
+    Raises:
+        ValueError: saying what is wrong with the row.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object with named columns, but is {type(row).__name__}")
+    if row.get("messages") is not None:
+        return {**row, "messages": _messages(row["messages"], "messages")}
+    if "question" in row:
+        return _question_row(row)
+    if "prompt" in row:
+        column = "completion" if "completion" in row else "gt"
+        if isinstance(row["prompt"], list):
+            return {**row, "messages": _messages([*row["prompt"], *(row.get(column) or [])], "prompt, completion")}
+        return {**row, "prompt": _string(row, "prompt"), "completion": _string(row, column, shown="completion")}
+    for column in TEXT_COLUMNS:
+        if column in row:
+            return {**row, "text": _string(row, column)}
+    raise ValueError(f"has the columns {sorted(row)}, but needs {SHAPES}")
+
+
+def fingerprint(rows):
+    """Return the sha256 of rows, independent of key order.
+
+    Args:
+        rows: list of JSON-serializable dicts.
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _question_row(row):
+    choices = row.get("choices")
+    if choices is None and "choice0" in row:
+        count = next(n for n in range(1, len(row) + 1) if row.get(f"choice{n}") is None)
+        choices = [row[f"choice{n}"] for n in range(count)]
+    if choices is None:
+        return {**row, "question": _string(row, "question"), "answer": _string(row, "answer")}
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
+        raise ValueError("'choices' must be a list of non-empty texts")
+    try:
+        index = int(row.get("answer_index", row.get("answer")))
+    except (TypeError, ValueError):
+        raise ValueError(f"'answer' must be the number of a choice, but is {row.get('answer')!r}") from None
+    if not 0 <= index < len(choices):
+        raise ValueError(f"'answer' is {index}, but there are {len(choices)} choices (counted from 0)")
+    question = _string(row, "question")
+    return {**row, "question": question, "choices": choices, "answer": choices[index], "answer_index": index}
+
+
+def _string(row, column, shown=None):
+    shown = shown or column
+    if column not in row:
+        raise ValueError(f"has no column '{shown}' (it has {sorted(row)})")
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(f"'{shown}' must be text, but is {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"'{shown}' is empty")
+    return value
+
+
+def _messages(messages, shown):
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"'{shown}' must be a non-empty list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"'{shown}' must hold objects with 'role' and 'content'")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"the content of a {message['role']} message must be text")
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise ValueError(f"'{shown}' holds no assistant message to learn from")
+    return messages
+
+
+def _read_json(path):
+    text = _decode(path)
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((number, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, row {number}: not valid JSON ({error.msg})") from error
+    return rows
+
+
+def _read_csv(path):
+    return list(csv.DictReader(_decode(path).splitlines(keepends=True)))
+
+
+def _read_parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from error
+
+
+def _decode(path):
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, row {row}: not valid UTF-8 (byte {error.start})") from error

@@ -1,0 +1,134 @@
+"""Where rows come from: a file, a split of the Hub, or a mixture of both in given shares."""
+
+import logging
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llm_unlearn.data.rows import check_rows, fingerprint, read_rows
+from llm_unlearn.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STREAMED_ROWS = 10_000
+_HUB = re.compile(r"^hub:(?P<path>[^/:#]+/[^/:#]+)(/(?P<config>[^:#]+))?:(?P<split>[^:#]+)(#(?P<column>[^:#]+))?$")
+_SHARE = re.compile(r"^(?P<source>.+)=(?P<share>\d*\.?\d+(e-?\d+)?)$")
+
+
+@dataclass
+class Source:
+    """Rows and where they came from.
+
+    Attributes:
+        rows: checked rows, see `rows.canonical_row`.
+        origins: one dict a part: `source`, `revision` (None for a file), `share` of the rows, `rows`, `sha256`.
+    """
+
+    rows: list
+    origins: list = field(default_factory=list)
+
+    @property
+    def sha256(self):
+        """Fingerprint of all rows in order."""
+        return fingerprint(self.rows)
+
+
+def load_source(spec, max_rows=None, revision=None, seed=0):
+    """Load what `--forget_data`, `--retain_data` or `--holdout_data` names.
+
+    Args:
+        spec: a file; `hub:owner/name[/config]:split[#column]`; or a mixture `A=0.75,B=0.25` of these, whose shares add
+            up to 1 and hold exactly, without repeating a row: the source that runs out first sets the size.
+        max_rows: at most that many rows in all (the first ones of each source); None: all rows of a file, the first
+            10,000 of a Hub split, which is streamed.
+        revision: of the Hub data sets; None is the newest.
+        seed: of the order in which the rows of a mixture are interleaved.
+    Returns:
+        Source.
+    Raises:
+        UserError: unreadable spec, file or split.
+    """
+    parts = _mixture(spec)
+    if parts is None:
+        return _load_one(spec, max_rows, revision)
+    loaded = [(_load_one(name, max_rows, revision), share) for name, share in parts]
+    size = min(int(len(source.rows) / share + 1e-9) for source, share in loaded)
+    size = min(size, max_rows) if max_rows else size
+    rows, origins = [], []
+    for source, share in loaded:
+        taken = source.rows[: round(size * share)]
+        rows += taken
+        origins.append({**source.origins[0], "share": share, "rows": len(taken), "sha256": fingerprint(taken)})
+    if not rows:
+        raise UserError(f"the mixture '{spec}' has no rows: a source is smaller than its share allows")
+    random.Random(seed).shuffle(rows)
+    return Source(rows, origins)
+
+
+def _mixture(spec):
+    if Path(spec).exists() or "," not in spec:
+        return None
+    parts = [_SHARE.match(part.strip()) for part in spec.split(",")]
+    if not all(parts):
+        raise UserError(f"'{spec}' is no file, and not a mixture of the form A=0.75,B=0.25")
+    shares = [(part["source"], float(part["share"])) for part in parts]
+    if abs(sum(share for _, share in shares) - 1) > 1e-6 or any(share <= 0 for _, share in shares):
+        raise UserError(f"the shares of '{spec}' must be above 0 and add up to 1")
+    return shares
+
+
+def _load_one(spec, max_rows, revision):
+    if not spec.startswith("hub:"):
+        rows, revision = read_rows(spec)[:max_rows], None
+    else:
+        match = _HUB.match(spec)
+        if match is None:
+            raise UserError(f"'{spec}' is not of the form hub:owner/name[/config]:split[#column]")
+        rows, revision = hub_rows(
+            match["path"], match["config"], match["split"], match["column"], max_rows or STREAMED_ROWS, revision
+        )
+    origin = {"source": spec, "revision": revision, "share": 1.0, "rows": len(rows), "sha256": fingerprint(rows)}
+    return Source(rows, [origin])
+
+
+def hub_rows(path, config, split, column=None, max_rows=None, revision=None, cache_dir=None):
+    """Read a split from the Hub, streamed where only its first rows are asked for.
+
+    Args:
+        path: data set, owner/name.
+        config: its configuration, or None.
+        split: its split.
+        column: the column that holds the text; None reads the columns by their names.
+        max_rows: at most that many rows, streamed; None downloads the split.
+        revision: branch, tag or commit; None is the newest.
+        cache_dir: where downloads are kept.
+    Returns:
+        (rows, commit hash that was read).
+    Raises:
+        UserError: no network, unknown or gated data set, missing column.
+    """
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    name = f"hub:{path}{'/' + config if config else ''}:{split}"
+    try:
+        commit = HfApi().dataset_info(path, revision=revision).sha
+        data = load_dataset(
+            path, config, split=split, revision=commit, streaming=max_rows is not None, cache_dir=cache_dir
+        )
+        rows = list(data.take(max_rows)) if max_rows is not None else list(data)
+    except Exception as error:  # the Hub client raises a dozen types; each means that the rows cannot be had
+        reason = type(error).__name__ + ": " + str(error).split("\n")[0][:200]
+        advice = (
+            f"it is gated: request access at huggingface.co/datasets/{path} and log in"
+            if "gated" in str(error).lower()
+            else "without network, pass --data_dir DIR or a file"
+        )
+        raise UserError(f"{name} cannot be read ({reason}); {advice}") from error
+    logger.info("read %d rows of %s at %s", len(rows), name, commit)
+    if column is not None:
+        if rows and column not in rows[0]:
+            raise UserError(f"{name} has no column '{column}'; it has {sorted(rows[0])}")
+        rows = [{"text": row[column]} for row in rows if not isinstance(row[column], str) or row[column].strip()]
+    return check_rows(rows, name), commit

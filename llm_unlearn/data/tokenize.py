@@ -1,0 +1,192 @@
+"""Rows to token ids and labels: chunks of text, and answers whose prompt does not count."""
+
+import logging
+from dataclasses import dataclass
+
+from llm_unlearn.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+QUESTION_TEMPLATE = "Question: {question}\nAnswer: {answer}"
+TEXT_LENGTH, QA_LENGTH = 4096, 512
+SHORTEST_CHUNK = 5
+IGNORED = -100
+LARGEST_CUT_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """How rows become tokens.
+
+    Attributes:
+        max_length: tokens per sequence; None is 4096 for text and 512 for question and answer.
+        question_template: with {question} and {answer}; None uses the tokenizer's chat template where it has one, else
+            QUESTION_TEMPLATE.
+        model_length: the model's context in tokens, or None where unknown.
+    """
+
+    max_length: int | None = None
+    question_template: str | None = None
+    model_length: int | None = None
+
+    def length(self, kind):
+        """Return the sequence length in tokens for "text" or "qa" rows.
+
+        Raises:
+            UserError: if a given max_length is beyond the model's context.
+        """
+        if self.max_length and self.model_length and self.max_length > self.model_length:
+            raise UserError(
+                f"--max_length {self.max_length} is beyond the model's context of {self.model_length} tokens"
+            )
+        wanted = self.max_length or (TEXT_LENGTH if kind == "text" else QA_LENGTH)
+        return min(wanted, self.model_length) if self.model_length else wanted
+
+
+def tokenize_rows(rows, tokenizer, options, name="data"):
+    """Tokenize rows of any canonical form.
+
+    A text becomes non-overlapping chunks (a tail of fewer than 5 tokens is dropped), every token counting. Of a prompt
+    with its answer the whole is tokenized at once, and a token counts if its character span ends after the answer's
+    first character; the end-of-sequence token counts. Nothing is derived from the length of a separately tokenized
+    prompt, which is wrong wherever a token spans the seam.
+
+    Args:
+        rows: checked rows, see `rows.canonical_row`.
+        tokenizer: a transformers tokenizer.
+        options: TokenizeOptions.
+        name: of the stream, for messages.
+    Returns:
+        list of {"input_ids": list[int], "labels": list[int]}, labels -100 where a token does not count.
+    Raises:
+        UserError: no rows; no token left that counts; more than 1% of the answers cut off by the length.
+    """
+    examples, cut = [], 0
+    for row in rows:
+        if row.get("input_ids") is not None:
+            made = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])}]
+        elif "text" in row:
+            made = _chunks(row["text"], tokenizer, options.length("text"))
+        else:
+            made = [_answer_example(row, tokenizer, options)]
+        counted = [example for example in made if any(label != IGNORED for label in example["labels"][1:])]
+        cut += not counted and "text" not in row
+        examples += counted
+    _report(name, rows, examples, cut, options)
+    return examples
+
+
+def generation_prompt(row, tokenizer, options):
+    """Return the token ids from which generation starts: the row's tokens up to the first one that counts.
+
+    Args:
+        row: a checked row with a prompt and an answer.
+        tokenizer: a transformers tokenizer.
+        options: TokenizeOptions.
+    Returns:
+        list[int].
+    """
+    example = _answer_example(row, tokenizer, options)
+    first = next((n for n, label in enumerate(example["labels"]) if label != IGNORED), len(example["labels"]))
+    return example["input_ids"][:first]
+
+
+def _report(name, rows, examples, cut, options):
+    if not rows:
+        raise UserError(f"the {name} set is empty")
+    if cut > LARGEST_CUT_SHARE * len(rows) or not examples:
+        raise UserError(
+            f"{cut or len(rows)} of {len(rows)} rows of the {name} set have no token left that counts after the cut at "
+            f"{options.max_length or 'the default length'}; pass a larger --max_length or shorter rows"
+        )
+    if cut:
+        logger.warning("dropped %d of %d rows of the %s set: their answer lies beyond the length", cut, len(rows), name)
+
+
+def _chunks(text, tokenizer, length):
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    chunks = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [{"input_ids": chunk, "labels": list(chunk)} for chunk in chunks if len(chunk) >= SHORTEST_CHUNK]
+
+
+def _answer_example(row, tokenizer, options):
+    text, spans, is_chat = _render(row, tokenizer, options)
+    ids, offsets = _encode(text, tokenizer, add_special_tokens=not is_chat)
+    counts = [any(end > first and start < last for first, last in spans) for start, end in offsets]
+    if not is_chat and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids, counts = [*ids, tokenizer.eos_token_id], [*counts, True]
+    elif not is_chat and ids[-1:] == [tokenizer.eos_token_id]:
+        counts[-1] = True
+    labels = [token if counted else IGNORED for token, counted in zip(ids, counts, strict=True)]
+    length = options.length("qa")
+    return {"input_ids": ids[:length], "labels": labels[:length]}
+
+
+def _render(row, tokenizer, options):
+    """Return (text, character spans that count, whether a chat template made it)."""
+    chat = tokenizer.chat_template is not None
+    if "messages" in row:
+        if not chat:
+            raise UserError(
+                "the rows hold messages, but the tokenizer has no chat template; pass question, answer rows"
+            )
+        return (*_render_chat(row["messages"], tokenizer), True)
+    if "prompt" in row:
+        text = row["prompt"] + row["completion"]
+        return text, [(len(row["prompt"]), len(text))], False
+    if chat and options.question_template is None:
+        turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        return (*_render_chat(turns, tokenizer), True)
+    template = options.question_template or QUESTION_TEMPLATE
+    before, after = _split_template(template)
+    prompt = before.replace("{question}", row["question"])
+    text = prompt + row["answer"] + after
+    return text, [(len(prompt), len(text))], False
+
+
+def _split_template(template):
+    if template.count("{question}") != 1 or template.count("{answer}") != 1:
+        raise UserError(f"--question_template must hold {{question}} and {{answer}} once each, but is {template!r}")
+    before, after = template.split("{answer}")
+    if "{question}" in after:
+        raise UserError("--question_template must hold {question} before {answer}")
+    return before, after
+
+
+def _render_chat(messages, tokenizer):
+    """Render the turns and find each assistant turn in the text, from the growing prefixes of the conversation."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+        through = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        if text.startswith(before) and text.startswith(through):
+            spans.append((len(before), len(through)))
+        else:
+            spans.append(_find_content(text, message["content"], spans))
+    return text, spans
+
+
+def _find_content(text, content, spans):
+    """Locate a turn by its content where the template does not render prefixes alike; the turn's end marker is lost."""
+    start = text.find(content.strip(), spans[-1][1] if spans else 0)
+    if start < 0:
+        raise UserError("the chat template changes the assistant's words, so that the answer cannot be located")
+    return start, start + len(content.strip())
+
+
+def _encode(text, tokenizer, add_special_tokens):
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+        return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+    ids = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    special = set(tokenizer.all_special_ids)
+    offsets, start = [], 0
+    for number in range(len(ids)):
+        kept = [token for token in ids[: number + 1] if token not in special]
+        end = len(tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+        offsets.append((start, end))
+        start = max(start, end)
+    return ids, offsets

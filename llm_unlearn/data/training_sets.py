@@ -1,0 +1,84 @@
+"""From flags to the sets that a run trains on: sources, tokenized caches, and the sets that evaluation looks at."""
+
+import dataclasses
+import logging
+
+from llm_unlearn.data.splits import load_split
+from llm_unlearn.data.streams import UnlearnDataset
+from llm_unlearn.data.tokenized_cache import find_cached
+from llm_unlearn.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def training_sets(parsed, tokenizer):
+    """Load what the method reads.
+
+    Args:
+        parsed: Parsed command line.
+        tokenizer: the model's.
+    Returns:
+        ({stream: Source}, what the trainer takes as train_dataset, what it takes as eval_dataset or None).
+    Raises:
+        UserError: a set that the method needs is missing, empty or malformed.
+    """
+    trainer, args, data = parsed.trainer, parsed.args, parsed.data
+    needed = trainer.streams_for(args)
+    sources = {}
+    for name in (*needed, *trainer.optional_streams):
+        source = load_split(*_place(name, args, data))
+        if source is None and name in needed:
+            raise UserError(missing_set(name, parsed))
+        if source is not None:
+            sources[name] = source
+    _warn_of_overlap(sources)
+    cached = find_cached(parsed, tokenizer, sources)
+    train = UnlearnDataset(cached) if cached else {name: source.rows for name, source in sources.items()}
+    return sources, train, _evaluation_sets(sources, args, data) if args.do_eval else None
+
+
+def missing_set(name, parsed):
+    """Return the sentence for a set that a method needs and was not given."""
+    method, domain = parsed.method, parsed.data.domain
+    if name == "retain" and "retain_loss" in type(parsed.args).__dataclass_fields__:
+        return (
+            f"--retain_loss {parsed.args.retain_loss} needs a retain set, but domain '{domain}' was given none; "
+            "pass --retain_data FILE or --retain_loss none"
+        )
+    return f"{method} needs a {name} set, but domain '{domain}' was given none; pass --{name}_data FILE"
+
+
+def _place(name, args, data):
+    """Return (split, DataFlags) of a set; `--general True` takes the retain set of the general domain."""
+    if name != "retain" or not getattr(args, "general", False) or data.retain_data:
+        return name, data
+    return ("general_retain", data) if data.domain == "demo" else (name, dataclasses.replace(data, domain="general"))
+
+
+def _evaluation_sets(sources, args, data):
+    sets = {name: source.rows for name, source in sources.items()}
+    for name in ("forget", "retain", "holdout"):
+        if name in sets:
+            continue
+        try:
+            source = load_split(name, data)
+        except UserError as error:
+            logger.warning("evaluation leaves out the %s set: %s", name, error)
+            continue
+        if source is not None:
+            sets[name] = source.rows
+    return {name: rows[: data.max_eval_samples] for name, rows in sets.items()}
+
+
+def _warn_of_overlap(sources):
+    if not {"forget", "retain"} <= set(sources):
+        return
+    keys = [
+        {str(row.get("text") or (row.get("question"), row.get("answer"))) for row in sources[name].rows}
+        for name in ("forget", "retain")
+    ]
+    shared = len(keys[0] & keys[1])
+    if shared:
+        logger.warning(
+            "%d rows stand in both the forget and the retain set; the two terms pull at them in turn", shared
+        )

@@ -1,0 +1,52 @@
+"""The errors that users see, the suggestion of a near name, and the exit codes of every script."""
+
+import difflib
+import logging
+import os
+import sys
+
+EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_PUSH_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+logger = logging.getLogger(__name__)
+
+
+class UserError(ValueError):
+    """The user's mistake, told in one sentence: what was given, what is allowed, what to type."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient became NaN or infinite; the update was not applied and nothing was saved after it."""
+
+
+class PushError(RuntimeError):
+    """The upload to the Hub failed after everything was saved on disk; the message holds the command to retry."""
+
+
+def unknown_name(flag, given, known):
+    """Return the UserError for an unknown name, with the nearest known one and the whole list."""
+    known = list(known)
+    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else "."
+    return UserError(f"unknown {flag} '{given}'{hint} Known: {', '.join(known)}")
+
+
+def run_cli(command):
+    """Run `command()` and turn what it raises into an exit code.
+
+    A UserError ends in one sentence on stderr without a traceback (rank 0 says it, the others exit silently); a failed
+    push in a sentence and exit code 3. Any other exception keeps its traceback.
+
+    Args:
+        command: function without arguments; returns an exit code or None.
+    Returns:
+        int exit code: 0 done, 2 the user's mistake, 3 saved but not pushed, 130 interrupted.
+    """
+    try:
+        return command() or EXIT_OK
+    except (UserError, PushError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+        return EXIT_PUSH_FAILED if isinstance(error, PushError) else EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left behind", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED

@@ -1,0 +1,151 @@
+"""Fine-tuning on wrong labels: random ones, or the reference's likeliest other tokens."""
+# Shapes: B sequences, T tokens, V vocabulary, N counted positions.
+
+from dataclasses import dataclass
+
+import torch
+
+from llm_unlearn.arguments import flag
+from llm_unlearn.data.streams import UnlearnCollator
+from llm_unlearn.data.tokenize import IGNORED
+from llm_unlearn.errors import UserError
+from llm_unlearn.objectives.labels import gumbel_noise, random_labels, sampled_labels
+from llm_unlearn.objectives.likelihood import nll
+from llm_unlearn.trainer import UnlearnTrainer
+from llm_unlearn.training_arguments import UnlearnArguments
+
+ALL_TOKENS = 10_000_000_000
+
+
+@dataclass
+class RandomLabelArguments(UnlearnArguments):
+    """Arguments of `random_label`."""
+
+    completely_random: bool = flag(False, "Draw each label uniformly from the vocabulary.")
+    top_k: int = flag(ALL_TOKENS, "Draw each label from the reference's k likeliest tokens; 1 takes the likeliest.")
+    top_p: float = flag(1.0, "Draw each label from the reference's nucleus of this probability, in (0, 1].")
+    rm_groundtruth: bool = flag(False, "Never draw the true token.")
+    legacy_shift: bool = flag(False, "Place each sampled label one position late, as the published code did.")
+
+    def __post_init__(self):
+        chosen = self.top_k != ALL_TOKENS or self.top_p != 1 or self.rm_groundtruth or self.legacy_shift
+        if self.completely_random and chosen:
+            raise UserError(
+                "--completely_random draws from the whole vocabulary; leave out --top_k, --top_p and the rest"
+            )
+        if not self.completely_random and not chosen:
+            raise UserError("random_label needs --completely_random True, or --top_k K --rm_groundtruth True")
+        if self.top_k < 1 or not 0 < self.top_p <= 1:
+            raise UserError(f"--top_k must be >= 1 and --top_p in (0, 1], but they are {self.top_k} and {self.top_p}")
+        super().__post_init__()
+
+
+class RandomLabelTrainer(UnlearnTrainer):
+    """Descend on wrong labels for the forget set, so that the right ones are overwritten.
+
+    The labels depend on the seed and the row alone: every epoch, process count and resumed run sees the same ones.
+    Sampled labels come from the frozen reference while training; rows that bring labels of their own (from
+    utils/save_tokenized_dataset.py) are taken as they are.
+
+    Source: Yao et al. 2024, arXiv:2402.15159.
+    """
+
+    args_class = RandomLabelArguments
+
+    def reference_needed(self, args):
+        """Sampled labels need it, unless the rows bring theirs."""
+        return not args.completely_random and not self._has_labels()
+
+    def prepare_streams(self, streams, tokenizer, args):
+        """Draw the uniform labels, once."""
+        if args.completely_random and not any("relabeled" in row for row in streams["forget"]):
+            return {"forget": draw_uniform(streams["forget"], tokenizer, args.seed)}
+        return streams
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Average the negative log-likelihood of the wrong labels over the tokens of the step."""
+        if self._frozen_reference is not None:
+            stream = inputs["forget"]
+            logits = self._frozen_reference.logits(stream["input_ids"], stream["attention_mask"])
+            inputs = {**inputs, "forget": {**stream, "labels": sample_from(logits, stream, self.args)}}
+        outputs = self.forward(model, inputs)
+        return self.total_loss({"forget": nll(outputs["forget"].logps)}, outputs, return_outputs, num_items_in_batch)
+
+    def _has_labels(self):
+        return self.train_dataset is not None and any(
+            "relabeled" in row for row in self.train_dataset.streams["forget"]
+        )
+
+
+def draw_uniform(rows, tokenizer, seed):
+    """Replace the labels of rows by uniform random tokens; special tokens keep themselves.
+
+    Args:
+        rows: list of {"input_ids", "labels"}.
+        tokenizer: gives the vocabulary and the special tokens.
+        seed: int; row n draws from (seed, n).
+    Returns:
+        list of rows with the new labels, marked `relabeled`.
+    """
+    relabeled = []
+    for number, row in enumerate(rows):
+        generator = torch.Generator().manual_seed(_row_seed(seed, number))
+        labels = random_labels(torch.tensor(row["labels"]), len(tokenizer), generator, tokenizer.all_special_ids)
+        relabeled.append({**row, "labels": labels.tolist(), "relabeled": True})
+    return relabeled
+
+
+@torch.no_grad()
+def draw_sampled(model, rows, args, batch_size):
+    """Replace the labels of rows by samples from a model, as training does from the reference.
+
+    Args:
+        model: causal language model in eval mode.
+        rows: list of {"input_ids", "labels"}.
+        args: RandomLabelArguments.
+        batch_size: rows per forward.
+    Returns:
+        list of rows with the new labels, marked `relabeled`.
+    """
+    relabeled, collator = [], UnlearnCollator()
+    for first in range(0, len(rows), batch_size):
+        part = [{**row, "index": number} for number, row in enumerate(rows)][first : first + batch_size]
+        stream = {name: tensor.to(model.device) for name, tensor in collator.pad(part).items()}
+        logits = model(input_ids=stream["input_ids"], attention_mask=stream["attention_mask"], use_cache=False).logits
+        for row, labels in zip(part, sample_from(logits, stream, args).tolist(), strict=True):
+            labels = labels[: len(row["input_ids"])]
+            relabeled.append({"input_ids": row["input_ids"], "labels": labels, "relabeled": True})
+    return relabeled
+
+
+def sample_from(logits, stream, args):
+    """Replace the labels of a batch by samples from the reference.
+
+    The label at position t is drawn from the reference's prediction of t (its logits at t - 1), without the true token
+    where asked. `legacy_shift` takes the logits at t instead, which predict the next token: the published off-by-one.
+
+    Args:
+        logits: (B, T, V) of the reference.
+        stream: one stream of an UnlearnBatch; `index` seeds each row's draw.
+        args: RandomLabelArguments.
+    Returns:
+        (B, T) int64 labels, -100 exactly where they were.
+    """
+    labels = stream["labels"].clone()
+    counted = labels != IGNORED
+    counted[:, 0] = False
+    for number in range(len(labels)):
+        positions = counted[number].nonzero().squeeze(-1)
+        if len(positions) == 0:
+            continue
+        predicted = logits[number, positions if args.legacy_shift else positions - 1]
+        noise = None
+        if args.top_k > 1:
+            noise = gumbel_noise(predicted.shape, _row_seed(args.seed, int(stream["index"][number]))).to(logits.device)
+        truth = labels[number, positions] if args.rm_groundtruth else None
+        labels[number, positions] = sampled_labels(predicted, truth, args.top_k, args.top_p, noise)
+    return labels
+
+
+def _row_seed(seed, row):
+    return (seed * 1_000_003 + row) % 2**63

@@ -1,0 +1,113 @@
+"""Models and tokenizers: loaded in float32, wrapped with LoRA where asked."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from llm_unlearn.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(name, dtype="float32", **kwargs):
+    """Load a causal language model, in float32 unless asked otherwise.
+
+    Weights in bfloat16 swallow updates below their resolution, which at the learning rates of unlearning is most of them;
+    compute in bfloat16 on float32 weights is what `--bf16 True` gives.
+
+    Args:
+        name: folder or name on the Hub.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
+        **kwargs: passed on to from_pretrained.
+    Returns:
+        PreTrainedModel.
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    if dtype == "bfloat16" and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
+            "--dtype bfloat16: weights in bfloat16 silently swallow small updates; --bf16 True computes in bfloat16 on "
+            "float32 weights"
+        )
+    return _load(AutoModelForCausalLM, name, "model", dtype=_DTYPES.get(dtype, dtype), **kwargs)
+
+
+def load_tokenizer(name, **kwargs):
+    """Load a tokenizer that pads on the right.
+
+    Args:
+        name: folder or name on the Hub.
+        **kwargs: passed on to from_pretrained.
+    Returns:
+        a transformers tokenizer.
+    Raises:
+        UserError: the tokenizer cannot be loaded.
+    """
+    return _load(AutoTokenizer, name, "tokenizer", padding_side="right", **kwargs)
+
+
+def context_length(name, **kwargs):
+    """Return how many tokens a model reads at most, or None where its config does not say.
+
+    Args:
+        name: folder or name on the Hub.
+        **kwargs: passed on to from_pretrained.
+    """
+    return getattr(_load(AutoConfig, name, "model", **kwargs), "max_position_embeddings", None)
+
+
+def with_lora(model, config):
+    """Wrap a model with the adapters that TRL's ModelConfig describes.
+
+    Args:
+        model: PreTrainedModel.
+        config: trl.ModelConfig.
+    Returns:
+        PeftModel, or the model itself without `use_peft`.
+    Raises:
+        UserError: LoRA flags without --use_peft, or target modules that the model does not have.
+    """
+    if not config.use_peft:
+        given = [name for name in ("load_in_4bit", "load_in_8bit", "lora_target_modules") if getattr(config, name)]
+        if given:
+            raise UserError(f"--{given[0]} has no effect without --use_peft")
+        return model
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from trl import get_peft_config
+
+    if config.load_in_4bit or config.load_in_8bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        return get_peft_model(model, get_peft_config(config))
+    except ValueError as error:
+        raise UserError(f"LoRA cannot wrap this model: {error}") from error
+
+
+def check_vocabulary(model, tokenizer):
+    """Refuse a tokenizer whose ids go beyond the model's embedding.
+
+    Raises:
+        UserError: with both sizes.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds {rows}: it is another model's tokenizer"
+        )
+
+
+def _load(auto_class, name, what, **kwargs):
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise UserError(f"the {what} folder '{name}' does not exist")
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(f"the {what} '{name}' cannot be loaded: {first_line}") from error

@@ -1,0 +1,69 @@
+"""Where a run writes: the directory that was asked for, or the ACL 2024 pattern."""
+
+import os
+from pathlib import Path
+
+from llm_unlearn.errors import UserError
+
+
+def output_directory(method, args, model, data):
+    """Return the directory of a run.
+
+    Args:
+        method: id of the method.
+        args: the method's arguments.
+        model: ModelFlags with ModelConfig.
+        data: DataFlags.
+    Returns:
+        str: `args.output_dir`; where it was not given, or is the published `./output`, the ACL 2024 pattern
+        `./output/{domain}/{model}/{n}_gpu_bs_{bs}_gas_{gas}_lr_{lr}_epoch{E}[general][_rmgt]/unlearn/{prefix}`, in which
+        n counts processes.
+    """
+    if args.output_dir not in (None, "trainer_output", "./output", "output", "./output/"):
+        return args.output_dir
+    name = os.path.basename(os.path.normpath(model.model_name_or_path or model.target_model_name_or_path))
+    settings = (
+        f"{args.world_size}_gpu_bs_{args.per_device_train_batch_size}_gas_{args.gradient_accumulation_steps}"
+        f"_lr_{legacy_learning_rate(args.learning_rate)}_epoch{int(args.num_train_epochs)}"
+    )
+    settings += "general" if getattr(args, "general", False) else ""
+    settings += "_rmgt" if getattr(args, "rm_groundtruth", False) else ""
+    return f"./output/{data.domain}/{name}/{settings}/unlearn/{legacy_prefix(method, args)}{model.output_suffix or ''}"
+
+
+def legacy_learning_rate(learning_rate):
+    """Write a learning rate as the ACL 2024 directories do: 2e-5 is `2.0e_5`."""
+    mantissa, exponent = f"{learning_rate:.1e}".split("e")
+    return f"{mantissa}e{'_' if exponent.startswith('-') else ''}{exponent.lstrip('+-').lstrip('0') or '0'}"
+
+
+def legacy_prefix(method, args):
+    """Return the last part of the ACL 2024 pattern: the method, for random labels with how they are drawn."""
+    if method != "random_label":
+        return method.replace(":", ".")
+    if args.completely_random:
+        return "random_label-completely_random"
+    if args.top_k == type(args).__dataclass_fields__["top_k"].default:
+        return f"random_label-top_p{int(100 * args.top_p)}"
+    return f"random_label-top_k{args.top_k}" + ("" if args.top_p == 1 else f"_top_p{args.top_p}")
+
+
+def check_output_directory(args):
+    """Refuse a directory that holds something, before anything is created; the first process of the run looks.
+
+    Raises:
+        UserError: not a folder, not writable, or not empty without --overwrite_output_dir or a resume.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    path = Path(args.output_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir '{path}' is a file")
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--output_dir '{path}' cannot be written")
+    resumes = args.resume_from_checkpoint not in (None, False, "False", "false")
+    if path.is_dir() and any(path.iterdir()) and not (args.overwrite_output_dir or resumes):
+        raise UserError(
+            f"--output_dir '{path}' is not empty; pass --overwrite_output_dir, --resume_from_checkpoint auto, or another"
+        )

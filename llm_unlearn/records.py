@@ -1,0 +1,126 @@
+"""What a run tells about itself: unlearning.json and the model card."""
+
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+
+import torch
+
+import llm_unlearn
+
+_PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "trl", "safetensors")
+
+
+def run_record(parsed, trainer, sources, seconds):
+    """Collect everything that is needed to repeat or to compare a run.
+
+    Args:
+        parsed: Parsed command line.
+        trainer: UnlearnTrainer after training.
+        sources: {stream: Source} as loaded.
+        seconds: wall time of training.
+    Returns:
+        dict, JSON-serializable.
+    """
+    dataset = trainer.train_dataset
+    tokens = dataset.num_tokens()
+    return {
+        "schema_version": 1,
+        "kind": "unlearning",
+        "method": parsed.method,
+        "trainer": f"{type(trainer).__module__}:{type(trainer).__name__}",
+        "target_model": parsed.model.target_model_name_or_path or parsed.model.model_name_or_path,
+        "command": " ".join(sys.argv),
+        "flags": {
+            "unlearn_method": parsed.method,
+            **vars(parsed.data),
+            **{key: value for key, value in vars(parsed.model).items() if key != "token"},
+            **trainer.args.to_dict(),
+            "push_to_hub": trainer.push_requested,
+        },
+        "versions": {"llm_unlearn": llm_unlearn.__version__, "python": platform.python_version(), **_versions()},
+        "backend": {
+            "distributed_type": str(trainer.accelerator.distributed_type.value),
+            "processes": trainer.args.world_size,
+            "device": trainer.args.device.type,
+            "zero_stage": trainer.zero_stage(),
+        },
+        "streams": {
+            name: {"rows": size, "tokens": tokens[name], "sha256": sha256}
+            for (name, size), sha256 in zip(dataset.sizes.items(), trainer.run_state()["streams"].values(), strict=True)
+        },
+        "sources": {name: source.origins for name, source in sources.items()},
+        "optimizer_steps": trainer.state.global_step,
+        "wall_seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def model_card(record):
+    """Write the model card of a checkpoint.
+
+    Args:
+        record: see `run_record`.
+    Returns:
+        str, Markdown with the Hub's YAML header.
+    """
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["unlearning", record["method"], "llm_unlearn"],
+    )
+    rows = "\n".join(f"| {name} | {facts['rows']} | {facts['tokens']} |" for name, facts in record["streams"].items())
+    origins = "\n".join(
+        f"- {name}: `{part['source']}`, {part['rows']} rows, share {part['share']:g}"
+        + (f", revision `{part['revision']}`" if part["revision"] else "")
+        for name, parts in record["sources"].items()
+        for part in parts
+    )
+    return f"""---
+{data.to_yaml()}
+---
+
+# {record["method"]} of {record["target_model"]}
+
+This checkpoint was made by `llm_unlearn` with the method `{record["method"]}`: the model `{record["target_model"]}` was
+trained to forget the forget set below. Whether it really did is what an evaluation, a membership-inference attack and a
+relearning attack must tell; this card does not claim it.
+
+| stream | sequences | tokens that count |
+| --- | --- | --- |
+{rows}
+
+{origins}
+
+{record["optimizer_steps"]} optimizer steps in {record["wall_seconds"]:.0f} s. Every flag and version is in `unlearning.json`.
+
+```
+{record["command"]}
+```
+"""
+
+
+def as_json(record):
+    """Return a record as indented JSON; what JSON does not know is written as text."""
+    return json.dumps(record, indent=2, default=str) + "\n"
+
+
+def peak_memory():
+    """Return the peak memory of this process in bytes: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _versions():
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found

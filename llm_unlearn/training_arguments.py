@@ -1,0 +1,170 @@
+"""TrainingArguments with our flags, and the older names folded into today's."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_tf32_available
+
+from llm_unlearn.arguments import UnlearnFlags, flag
+from llm_unlearn.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FSDP_WORDS = {
+    "full_shard": ("reshard_after_forward", True),
+    "shard_grad_op": ("reshard_after_forward", False),
+    "offload": ("cpu_offload", True),
+    "auto_wrap": ("auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+}
+_WITHOUT_EFFECT = {
+    "label_smoothing_factor": "the methods define their own losses",
+    "dataloader_drop_last": "the last batch is filled with rows of weight zero",
+    "auto_find_batch_size": "the plan of batches is fixed before training; pass --per_device_train_batch_size",
+    "ignore_data_skip": "a resumed run continues at the row where it stopped",
+}
+
+
+@dataclass
+class UnlearnArguments(UnlearnFlags, TrainingArguments):
+    """TrainingArguments of every unlearning method; a method's own arguments class adds its knobs.
+
+    Older names are folded into today's (`warmup_ratio`, `fsdp="full_shard auto_wrap"`,
+    `fsdp_transformer_layer_cls_to_wrap`), and what this machine cannot do is dropped with one warning that names what
+    runs instead: tf32 without CUDA, bf16 without an accelerator, FSDP on one process or without an accelerator.
+
+    Raises:
+        UserError: contradicting flags, or a flag that cannot take effect.
+    """
+
+    def __post_init__(self):
+        self._refuse_without_effect()
+        self._fold_warmup()
+        self._fold_precision()
+        self._fold_fsdp()
+        self.remove_unused_columns = False
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        compute_dtype_is_ours = self._prepare_deepspeed()
+        super().__post_init__()
+        if compute_dtype_is_ours:
+            self.bf16 = True
+        self.autocast_in_forward = compute_dtype_is_ours
+        if self.deepspeed and self.use_cpu:
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend="gloo")
+
+    def _refuse_without_effect(self):
+        fields = type(self).__dataclass_fields__
+        for name, reason in _WITHOUT_EFFECT.items():
+            if name in fields and getattr(self, name) != fields[name].default:
+                raise UserError(f"--{name} has no effect here: {reason}")
+        if self.learning_rate < 0:
+            raise UserError(f"--learning_rate must not be negative, but is {self.learning_rate}")
+        if self.max_steps == 0:
+            raise UserError("--max_steps 0 would train nothing; pass a positive number, or leave it out")
+
+    def _fold_warmup(self):
+        if self.warmup_ratio is None:
+            return
+        if not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"--warmup_ratio must lie in [0, 1), but is {self.warmup_ratio}")
+        if self.warmup_steps and self.warmup_steps != self.warmup_ratio:
+            raise UserError("--warmup_ratio and --warmup_steps contradict each other; pass one of them")
+        self.warmup_steps = self.warmup_ratio
+
+    def _fold_precision(self):
+        if not self.use_cpu and not torch.accelerator.is_available():
+            self.use_cpu = True
+            if self.bf16:
+                _say("--bf16: there is no accelerator, bfloat16 runs on the CPU")
+        if self.tf32 and (self.use_cpu or not is_torch_tf32_available()):
+            _say("--tf32 needs an NVIDIA GPU of the Ampere generation or newer; float32 runs instead")
+            self.tf32 = None
+
+    def _fold_fsdp(self):
+        """Turn the words of `fsdp` into fsdp_config, or drop it where no FSDP can run."""
+        if not self.fsdp or str(self.fsdp).lower() == "false":
+            self.fsdp = None
+            if self.fsdp_transformer_layer_cls_to_wrap:
+                raise UserError("--fsdp_transformer_layer_cls_to_wrap has no effect without --fsdp")
+            return
+        config = dict(_load_config(self.fsdp_config) or {})
+        if self.fsdp_transformer_layer_cls_to_wrap:
+            config["transformer_layer_cls_to_wrap"] = [self.fsdp_transformer_layer_cls_to_wrap]
+        if isinstance(self.fsdp, str) and self.fsdp.lower() != "true":
+            for word in self.fsdp.split():
+                if word not in _FSDP_WORDS:
+                    raise UserError(f"unknown --fsdp option '{word}'. Known: {', '.join(_FSDP_WORDS)}")
+                config.setdefault(*_FSDP_WORDS[word])
+        if not fsdp_can_run(self):
+            one = int(os.environ.get("WORLD_SIZE", "1")) == 1
+            _say(f"--fsdp: {'one process runs without it' if one else 'no accelerator, DDP runs instead'}")
+            self.fsdp = self.fsdp_config = None
+            return
+        self.fsdp, self.fsdp_config = True, config
+
+    def _prepare_deepspeed(self):
+        """Ready the process for DeepSpeed; returns whether bfloat16 compute is ours to run (weights stay float32)."""
+        if not self.deepspeed:
+            return False
+        if "WORLD_SIZE" not in os.environ:
+            raise UserError("--deepspeed needs a launcher; type torchrun --nproc_per_node=1 run_unlearn.py ...")
+        if self.use_cpu:
+            import deepspeed
+
+            # Compiling this operator takes a minute and more; gloo does the same work (deepspeed 0.19).
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        config = dict(_load_config(self.deepspeed))
+        # DeepSpeed clips at 1.0 where its file says nothing, whatever max_grad_norm is.
+        config.setdefault("gradient_clipping", float(self.max_grad_norm))
+        self.deepspeed = config
+        own_bf16 = self.bf16 and str(config.get("bf16", {}).get("enabled", "auto")).lower() != "true"
+        if own_bf16:
+            # The engine's own bf16 mode writes bfloat16 checkpoints, which rounds small updates away.
+            self.bf16 = False
+        return own_bf16
+
+
+@dataclass
+class RetainArguments(UnlearnArguments):
+    """Arguments of a method with a retain term."""
+
+    forget_weight: float = flag(1.0, "Weight of the forget term.")
+    retain_weight: float = flag(1.0, "Weight of the retain term; 0 loads no retain set.")
+    retain_loss: str = flag(
+        "nll",
+        "Retain term: nll descends on the retain set, kl holds the model to its reference there, none leaves it out.",
+        choices=["nll", "kl", "none"],
+    )
+
+    def __post_init__(self):
+        if self.retain_loss not in ("nll", "kl", "none"):
+            raise UserError(f"--retain_loss must be nll, kl or none, but is '{self.retain_loss}'")
+        super().__post_init__()
+
+
+def fsdp_can_run(args):
+    """Return whether FSDP would really shard: several processes and an accelerator."""
+    return not args.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _load_config(config):
+    if not isinstance(config, str):
+        return config
+    if config.lstrip().startswith("{"):
+        return json.loads(config)
+    path = Path(config)
+    if not path.is_file():
+        raise UserError(f"configuration file '{config}' does not exist")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _say(message):
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(message)

@@ -1,0 +1,9 @@
+"""Unlearn with one command, on one process or under torchrun.
+
+python run_unlearn.py --unlearn_method npo --target_model_name_or_path MODEL --domain tofu --data_dir DIR --output_dir OUT
+"""
+
+from llm_unlearn.cli.unlearn import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
