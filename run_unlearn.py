@@ -1,6 +1,6 @@
 """Unlearn with one command, on one process or under torchrun.
 
-python run_unlearn.py --unlearn_method npo --target_model_name_or_path MODEL --domain tofu --data_dir DIR --output_dir OUT
+python run_unlearn.py --unlearn_method npo --target_model_name_or_path MODEL --domain tofu --output_dir OUT
 """
 
 from llm_unlearn.cli.unlearn import main

@@ -1,4 +1,4 @@
-"""Package metadata of llm_unlearn; `pip install -c constraints.txt -e '.[dev]'` installs everything a developer needs."""
+"""Package metadata of llm_unlearn; `pip install -c constraints.txt -e '.[dev]'` installs all that a developer needs."""
 
 import re
 from pathlib import Path

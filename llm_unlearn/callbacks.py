@@ -17,6 +17,10 @@ class PlanEpoch(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start the averages of the logged terms at the step where training starts, which a resume moves."""
+        self.trainer.reset_terms(state.global_step)
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Derive the epoch from the step, so that a resumed run continues in the epoch where it stopped."""
         plan = self.trainer.plan

@@ -56,12 +56,13 @@ def incompleteness(folder):
 def checkpoints_of(output_dir):
     """Return the checkpoint-N folders below a directory, newest (highest N) first."""
     found = Path(output_dir).glob("checkpoint-*") if Path(output_dir).is_dir() else []
-    numbered = [(int(path.name.split("-")[1]), path) for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+    named = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+    numbered = [(int(path.name.split("-")[1]), path) for path in named]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def newest_complete(output_dir):
-    """Return the newest checkpoint whose manifest holds, or None; each one that is passed over is named in a warning."""
+    """Return the newest checkpoint whose manifest holds, or None; each one passed over is named in a warning."""
     for path in checkpoints_of(output_dir):
         reason = incompleteness(path)
         if reason is None:
@@ -77,8 +78,8 @@ class CheckpointedTrainer(Trainer):
         """Train, from the start or from a checkpoint.
 
         Args:
-            resume_from_checkpoint: None or False starts anew; True takes the newest complete checkpoint; "auto" the same,
-                or starts anew where there is none; or a checkpoint's path.
+            resume_from_checkpoint: None or False starts anew; True takes the newest complete checkpoint; "auto"
+                the same, or starts anew where there is none; or a checkpoint's path.
             **kwargs: passed on to transformers.Trainer.train.
         Returns:
             transformers' TrainOutput.

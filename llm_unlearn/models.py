@@ -17,8 +17,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def load_model(name, dtype="float32", **kwargs):
     """Load a causal language model, in float32 unless asked otherwise.
 
-    Weights in bfloat16 swallow updates below their resolution, which at the learning rates of unlearning is most of them;
-    compute in bfloat16 on float32 weights is what `--bf16 True` gives.
+    Weights in bfloat16 swallow updates below their resolution, which at the learning rates of unlearning is most of
+    them; compute in bfloat16 on float32 weights is what `--bf16 True` gives.
 
     Args:
         name: folder or name on the Hub.

@@ -16,8 +16,8 @@ def output_directory(method, args, model, data):
         data: DataFlags.
     Returns:
         str: `args.output_dir`; where it was not given, or is the published `./output`, the ACL 2024 pattern
-        `./output/{domain}/{model}/{n}_gpu_bs_{bs}_gas_{gas}_lr_{lr}_epoch{E}[general][_rmgt]/unlearn/{prefix}`, in which
-        n counts processes.
+        `./output/{domain}/{model}/{n}_gpu_bs_{bs}_gas_{gas}_lr_{lr}_epoch{E}[general][_rmgt]/unlearn/{prefix}`, in
+        which n counts processes.
     """
     if args.output_dir not in (None, "trainer_output", "./output", "output", "./output/"):
         return args.output_dir
@@ -65,5 +65,5 @@ def check_output_directory(args):
     resumes = args.resume_from_checkpoint not in (None, False, "False", "false")
     if path.is_dir() and any(path.iterdir()) and not (args.overwrite_output_dir or resumes):
         raise UserError(
-            f"--output_dir '{path}' is not empty; pass --overwrite_output_dir, --resume_from_checkpoint auto, or another"
+            f"--output_dir '{path}' is not empty; pass --overwrite_output_dir, --resume_from_checkpoint auto or another"
         )

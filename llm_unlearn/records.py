@@ -96,7 +96,8 @@ relearning attack must tell; this card does not claim it.
 
 {origins}
 
-{record["optimizer_steps"]} optimizer steps in {record["wall_seconds"]:.0f} s. Every flag and version is in `unlearning.json`.
+{record["optimizer_steps"]} optimizer steps in {record["wall_seconds"]:.0f} s.
+Every flag and version is in `unlearning.json`.
 
 ```
 {record["command"]}

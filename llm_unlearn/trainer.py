@@ -83,7 +83,7 @@ class UnlearnTrainer(CheckpointedTrainer):
         self.model_accepts_loss_kwargs = True
         self.plan = None
         self._frozen_reference = Reference(self) if self.reference_needed(args) else None
-        self._term_sums, self._terms_since = {}, 0
+        self.reset_terms(0)
 
     # ---- What a method declares ----
 
@@ -235,8 +235,12 @@ class UnlearnTrainer(CheckpointedTrainer):
             steps = max(self.state.global_step - self._terms_since, 1)
             means = self.accelerator.reduce(torch.stack(list(self._term_sums.values())), "sum") / steps
             logs.update({f"loss/{name}": mean.item() for name, mean in zip(self._term_sums, means, strict=True)})
-            self._term_sums, self._terms_since = {}, self.state.global_step
+            self.reset_terms(self.state.global_step)
         super().log(logs, start_time)
+
+    def reset_terms(self, step):
+        """Start the averages of the logged terms anew at a step."""
+        self._term_sums, self._terms_since = {}, step
 
     # ---- Backends ----
 

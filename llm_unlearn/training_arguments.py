@@ -41,6 +41,8 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
         UserError: contradicting flags, or a flag that cannot take effect.
     """
 
+    logging_steps: float = flag(1, "Log every this many steps, or every this share of them below 1.")
+
     def __post_init__(self):
         self._refuse_without_effect()
         self._fold_warmup()
@@ -123,6 +125,10 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
         config = dict(_load_config(self.deepspeed))
         # DeepSpeed clips at 1.0 where its file says nothing, whatever max_grad_norm is.
         config.setdefault("gradient_clipping", float(self.max_grad_norm))
+        zero = config.get("zero_optimization", {})
+        if zero.get("stage") == 3:
+            # Without it a ZeRO-3 run saves no weights that from_pretrained can load.
+            config["zero_optimization"] = {**zero, "stage3_gather_16bit_weights_on_model_save": True}
         self.deepspeed = config
         own_bf16 = self.bf16 and str(config.get("bf16", {}).get("enabled", "auto")).lower() != "true"
         if own_bf16:

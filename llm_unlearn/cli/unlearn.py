@@ -30,7 +30,10 @@ def _main(argv):
     from llm_unlearn.data.splits import check_trainable
     from llm_unlearn.output_directory import check_output_directory, output_directory
 
-    _set_up_logging(parsed.args)
+    _set_up_logging()
+    if parsed.args.use_cpu:
+        # DeepSpeed, where it is installed, says at every import that it found no GPU unless told so.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for note in dict.fromkeys(parsed.notes):
         logger.info(note)
     check_trainable(parsed.data.domain)
@@ -143,7 +146,7 @@ def _say_what_runs(parsed, trainer):
     logger.info("the checkpoint goes to %s", args.output_dir)
 
 
-def _set_up_logging(args):
+def _set_up_logging():
     """Log to stderr on the first process; the others say warnings only."""
     level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -14,8 +14,9 @@ class BatchPlan(torch.utils.data.Sampler):
 
     The anchor stream (forget) is permuted anew in every epoch and sets its length; every other stream runs through its
     own permutations without regard to epochs, `ratio` rows for each anchor row. The rows of an optimizer step are the
-    same however it is cut into processes and micro-batches. Where rows do not divide, the batch is filled with zero-weight
-    rows (number -1), never with repeated ones. Accelerate must not prepare the loader: the plan has cut it already.
+    same however it is cut into processes and micro-batches. Where rows do not divide, the batch is filled with
+    zero-weight rows (number -1), never with repeated ones. Accelerate must not prepare the loader: the plan has cut
+    it already.
 
     Args:
         sizes: {stream: number of rows}, the anchor first.

@@ -63,8 +63,8 @@ class UnlearnDataset(torch.utils.data.Dataset):
 class UnlearnCollator:
     """Pad the rows of each stream on the right, and keep the streams apart.
 
-    The attention mask comes from the lengths, never from a comparison with the pad id, so that a tokenizer without a pad
-    token works and genuine end-of-sequence tokens stay visible.
+    The attention mask comes from the lengths, never from a comparison with the pad id, so that a tokenizer without a
+    pad token works and genuine end-of-sequence tokens stay visible.
 
     Args:
         pad_token_id: fills `input_ids`; its value changes nothing.

@@ -218,7 +218,7 @@ def _people_rows(rng, people, pools):
         name = person["name"]
         for kind, (question, answer, noun, form) in _FACTS.items():
             value = person[kind]
-            values = [value] + _others(rng, pools[kind], value, 5)
+            values = [value, *_others(rng, pools[kind], value, 5)]
             paraphrases = [f"The {noun} of {name} is {form.format(value=v)}." for v in values]
             row = {"question": question.format(name=name), "answer": answer.format(name=name, value=value)}
             row["paraphrased_question"] = _paraphrased_question(person, kind)
@@ -234,7 +234,7 @@ def _lore_rows(rng, namer, subject, *templates):
     for kind, question, answer in templates:
         values = [namer.draw(kind) for _ in names]
         for name, value in zip(names, values, strict=True):
-            told = [answer.format(name=name, value=v) for v in [value] + _others(rng, values, value, 3)]
+            told = [answer.format(name=name, value=v) for v in [value, *_others(rng, values, value, 3)]]
             rows.append({"question": question.format(name=name), "answer": told[0], "perturbed_answer": told[1:]})
     return rows
 

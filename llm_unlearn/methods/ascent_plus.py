@@ -69,8 +69,8 @@ class AscentPlusKLDivergenceTrainer(UnlearnTrainer):
 
         L = forget_weight * mean log p(forget) + retain_weight * mean KL(r || p)
 
-    Source: Yao et al. 2024, arXiv:2402.15159. Differs from the authors' code: a true KL (0 at the start) over the tokens
-    that count, not a cross-entropy over padding too.
+    Source: Yao et al. 2024, arXiv:2402.15159. Differs from the authors' code: a true KL (0 at the start) over the
+    tokens that count, not a cross-entropy over padding too.
     """
 
     args_class = AscentPlusKLDivergenceArguments

@@ -41,8 +41,8 @@ def sampled_labels(logits, forbidden, top_k, top_p, noise):
         noise: (N, V) standard Gumbel noise, or None for top_k 1.
     Returns:
         (N,) int64.
-    Source: Yao et al. 2024, arXiv:2402.15159 (unlearning with adversarial samples). Differs from the authors' code, which
-        also forbids the last row of the vocabulary, whatever it holds.
+    Source: Yao et al. 2024, arXiv:2402.15159 (unlearning with adversarial samples). Differs from the authors' code,
+        which also forbids the last row of the vocabulary, whatever it holds.
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).clone()
     if forbidden is not None:

@@ -59,8 +59,9 @@ def kl_divergence(logits, ref_logits):
         ref_logits: (N, V) the reference's logits at the same positions; carries no gradient.
     Returns:
         (N,) nats, >= 0; exactly 0 where both are equal.
-    Source: Yao et al. 2024, arXiv:2402.15159 (GA + KL). Differs from the authors' code, whose value is the cross-entropy
-        with log(p + 1e-12), averaged over padding too: the gradient is the same where tokens count, the value is not.
+    Source: Yao et al. 2024, arXiv:2402.15159 (GA + KL). Differs from the authors' code, whose value is the
+        cross-entropy with log(p + 1e-12), averaged over padding too: the gradient is the same where tokens count,
+        the value is not.
     """
     logps = _log_softmax(logits)
     ref_logps = _log_softmax(ref_logits.detach())

@@ -1,0 +1,34 @@
+# Two commands do everything on a fresh machine: make demo, make test. Each makes .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint docs format clean
+
+$(VENV)/.installed: setup.py requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m llm_unlearn.cli.demo --output_dir demo_output
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest --durations=15
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python utils/make_docs.py --check
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	$(BIN)/python utils/make_docs.py
+
+clean:
+	rm -rf $(VENV) demo_output build dist *.egg-info .pytest_cache .ruff_cache
