@@ -61,6 +61,24 @@ def context_length(name, **kwargs):
     return getattr(_load(AutoConfig, name, "model", **kwargs), "max_position_embeddings", None)
 
 
+def quantization_config(config):
+    """Return how the weights are quantized when loaded, from TRL's ModelConfig, or None.
+
+    Args:
+        config: trl.ModelConfig.
+    Returns:
+        BitsAndBytesConfig or None.
+    Raises:
+        UserError: LoRA or quantization flags without --use_peft.
+    """
+    given = [name for name in ("load_in_4bit", "load_in_8bit", "lora_target_modules") if getattr(config, name)]
+    if given and not config.use_peft:
+        raise UserError(f"--{given[0]} has no effect without --use_peft")
+    from trl import get_quantization_config
+
+    return get_quantization_config(config)
+
+
 def with_lora(model, config):
     """Wrap a model with the adapters that TRL's ModelConfig describes.
 
@@ -70,12 +88,9 @@ def with_lora(model, config):
     Returns:
         PeftModel, or the model itself without `use_peft`.
     Raises:
-        UserError: LoRA flags without --use_peft, or target modules that the model does not have.
+        UserError: target modules that the model does not have.
     """
     if not config.use_peft:
-        given = [name for name in ("load_in_4bit", "load_in_8bit", "lora_target_modules") if getattr(config, name)]
-        if given:
-            raise UserError(f"--{given[0]} has no effect without --use_peft")
         return model
     from peft import get_peft_model, prepare_model_for_kbit_training
     from trl import get_peft_config
@@ -108,6 +123,6 @@ def _load(auto_class, name, what, **kwargs):
         raise UserError(f"the {what} folder '{name}' does not exist")
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise UserError(f"the {what} '{name}' cannot be loaded: {first_line}") from error

@@ -96,6 +96,8 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
             if self.fsdp_transformer_layer_cls_to_wrap:
                 raise UserError("--fsdp_transformer_layer_cls_to_wrap has no effect without --fsdp")
             return
+        if self.deepspeed:
+            raise UserError("--fsdp and --deepspeed exclude each other; pass one of them")
         config = dict(_load_config(self.fsdp_config) or {})
         if self.fsdp_transformer_layer_cls_to_wrap:
             config["transformer_layer_cls_to_wrap"] = [self.fsdp_transformer_layer_cls_to_wrap]

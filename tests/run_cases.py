@@ -6,6 +6,7 @@ exit codes to CASES.json.done.
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,9 +26,13 @@ def run(case):
     kept = training_arguments.fsdp_can_run, training_arguments.UnlearnArguments.__post_init__
     if case.get("fsdp"):
         fsdp_on_cpu.make_fsdp_real()
+    environment = dict(os.environ)
     try:
         return main(case["argv"])
     finally:
+        # Accelerate leaves its switches in the environment, where the next case would find them.
+        os.environ.clear()
+        os.environ.update(environment)
         training_arguments.fsdp_can_run, training_arguments.UnlearnArguments.__post_init__ = kept
         PartialState().wait_for_everyone()
 

@@ -82,11 +82,19 @@ def build_trainer(parsed):
     from transformers import set_seed
 
     from llm_unlearn.data.training_sets import training_sets
-    from llm_unlearn.models import check_vocabulary, context_length, load_model, load_tokenizer, with_lora
+    from llm_unlearn.models import (
+        check_vocabulary,
+        context_length,
+        load_model,
+        load_tokenizer,
+        quantization_config,
+        with_lora,
+    )
 
     args, flags, name = parsed.args, parsed.model, start_model(parsed)
     if flags.trust_remote_code and flags.model_revision == "main":
         raise UserError("--trust_remote_code True runs code from the Hub; pin it with --model_revision COMMIT")
+    quantization = quantization_config(flags)
     set_seed(args.seed)
     hub = {
         "revision": flags.model_revision, "cache_dir": flags.cache_dir, "token": flags.token,
@@ -95,7 +103,6 @@ def build_trainer(parsed):
     tokenizer = load_tokenizer(flags.tokenizer_name or name, **hub)
     parsed.context_length = context_length(name, **hub)
     sources, train_dataset, eval_dataset = training_sets(parsed, tokenizer)
-    quantization = _quantization(flags)
     model = load_model(
         name, flags.dtype, attn_implementation=flags.attn_implementation, quantization_config=quantization, **hub
     )
@@ -108,12 +115,6 @@ def build_trainer(parsed):
         processing_class=tokenizer,
     )
     return trainer, sources
-
-
-def _quantization(flags):
-    from trl import get_quantization_config
-
-    return get_quantization_config(flags)
 
 
 def _train_and_save(parsed, trainer, sources):

@@ -1,0 +1,120 @@
+"""Two processes equal one, under DDP, FSDP2, ZeRO-2 and ZeRO-3; one torchrun start serves all cases."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_equivalence import UPDATE_TOLERANCE, assert_terms_agree
+from tiny_world import command, terms, update_distance, weights
+
+from llm_unlearn.cli.unlearn import main
+
+ROOT = Path(__file__).parents[1]
+WRAP = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+BACKENDS = {
+    "ddp": ([], "MULTI_CPU", 0),
+    "fsdp2": (WRAP, "FSDP", 0),
+    "zero2": (["--deepspeed", str(ROOT / "ds_configs/zero2.json")], "DEEPSPEED", 2),
+    "zero3": (["--deepspeed", str(ROOT / "ds_configs/zero3.json")], "DEEPSPEED", 3),
+}
+LORA = ["--use_peft", "True", "--lora_dropout", "0"]
+KINDS = {
+    "npo_kl": ("npo", ["--retain_loss", "kl", "--gradient_accumulation_steps", "2"], 1),
+    "ascent_kl": ("ascent_plus_kl_divergence", [], 2),
+    "lora": ("npo", LORA, 2),
+    "adamw": ("grad_diff", ["--optim", "adamw_torch", "--learning_rate", "1e-4"], 2),
+}
+ONLY_DDP = {"pooled": ("ascent_plus_descent", [], 2), "labels": ("random_label", [], 2), "join": ("finetune", [], 2)}
+pytestmark = pytest.mark.distributed
+
+
+def launch(cases, folder, processes=2):
+    """Run command lines one after the other under torchrun; returns {name: exit code}."""
+    path = folder / "cases.json"
+    path.write_text(json.dumps(cases))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*start, str(ROOT / "tests/run_cases.py"), str(path)], env=environment, cwd=ROOT, capture_output=True,
+        text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(Path(f"{path}.done").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_world, tmp_path_factory):
+    """All runs: each kind on one process in this one, and on two processes under each backend."""
+    folder = tmp_path_factory.mktemp("distributed")
+    cases = []
+    for kind, (method, flags, batch_size) in {**KINDS, **ONLY_DDP}.items():
+        one = [flag for flag in flags if flag not in ("--gradient_accumulation_steps", "2")]
+        assert main(command(tiny_world, method, folder / "one" / kind, *one)) == 0
+        for backend, (switches, _, _) in BACKENDS.items():
+            if kind in ONLY_DDP and backend != "ddp":
+                continue
+            cut = ["--per_device_train_batch_size", batch_size]
+            words = command(tiny_world, method, folder / backend / kind, *flags, *switches, *cut)
+            cases.append({"name": f"{backend}/{kind}", "argv": words, "fsdp": backend == "fsdp2"})
+    codes = launch(cases, folder)
+    assert codes == {case["name"]: 0 for case in cases}
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(backend, kind, folder, start_weights):
+    check(backend, kind, folder, start_weights)
+
+
+@pytest.mark.parametrize("kind", ONLY_DDP)
+def test_other_methods_under_ddp(kind, folder, start_weights, tiny_world):
+    check("ddp", kind, folder, weights(tiny_world["base"]) if kind == "join" else start_weights)
+
+
+def check(backend, kind, folder, start):
+    """The backend that was asked for ran, and its terms and its update are those of one process."""
+    record = json.loads((folder / backend / kind / "unlearning.json").read_text())
+    assert record["backend"]["distributed_type"] == BACKENDS[backend][1]
+    assert record["backend"]["zero_stage"] == BACKENDS[backend][2]
+    assert record["backend"]["processes"] == 2
+    is_adamw = kind == "adamw"
+    assert_terms_agree(terms(folder / backend / kind), terms(folder / "one" / kind), 1e-4 if is_adamw else 1e-5)
+    if not is_adamw:
+        start = None if kind == "lora" else start
+        found = weights(folder / backend / kind), weights(folder / "one" / kind)
+        if start is not None:
+            assert update_distance(*found, start) <= UPDATE_TOLERANCE
+        else:
+            # LoRA's A matrices start at random and dominate the norm, so that B, which starts at 0, is compared.
+            only_b = [{key: value for key, value in part.items() if "lora_B" in key} for part in found]
+            assert update_distance(*only_b) <= UPDATE_TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_checkpoint_reloads(backend, folder):
+    from transformers import AutoModelForCausalLM
+
+    saved = folder / backend / "npo_kl"
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    logits = model(torch.tensor([[1, 5, 9]])).logits
+    other = AutoModelForCausalLM.from_pretrained(folder / "one/npo_kl")(torch.tensor([[1, 5, 9]])).logits
+    assert torch.allclose(logits, other, atol=1e-3)
+
+
+def test_the_users_mistake_is_said_once_and_loses_nothing(tiny_world, tmp_path):
+    """A malformed row under torchrun: rank 0 says it, every rank stops with 2."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "a"}\n')
+    words = command({**tiny_world, "forget": str(bad)}, "npo", tmp_path / "out")
+    assert launch([{"name": "bad", "argv": words}], tmp_path) == {"bad": 2}
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,132 @@
+"""Conformance: every method trains, logs its terms, moves the forget set the right way, saves and reloads."""
+
+import json
+
+import pytest
+import torch
+from tiny_world import METHOD_FLAGS, command, terms, weights
+
+from llm_unlearn.cli.unlearn import main
+from llm_unlearn.methods import METHODS
+
+EXPECTED_TERMS = {
+    "gradient_ascent": {"forget"},
+    "random_label": {"forget"},
+    "retrain": {"train"},
+    "finetune": {"train"},
+}
+# Whether the NLL of the forget answers rises; retraining on other rows of the same kind lowers it.
+RAISES_FORGET_NLL = {method: method not in ("retrain", "finetune") for method in METHODS}
+
+
+def answer_nll(folder, world, name):
+    """Mean NLL of the answers by a plain loop over rows, from a checkpoint reloaded with AutoModelForCausalLM."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    total = count = 0
+    with open(world[name], encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            prompt = f"Question: {row['question']}\nAnswer: "
+            encoded = tokenizer(prompt + row["answer"], return_offsets_mapping=True)
+            ids = [*encoded["input_ids"], tokenizer.eos_token_id]
+            starts = [end > len(prompt) for _, end in encoded["offset_mapping"]] + [True]
+            with torch.no_grad():
+                logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            for position in range(1, len(ids)):
+                if starts[position]:
+                    total -= logps[position - 1, ids[position]].item()
+                    count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_saves_and_reloads(method, lora, tiny_world, start_weights, tmp_path):
+    flags = ["--use_peft", "True", "--lora_dropout", "0", "--lora_r", "8"] if lora else []
+    rate = ["--learning_rate", "0.02", "--optim", "adamw_torch", "--gradient_accumulation_steps", "2"]
+    words = command(tiny_world, method, tmp_path / "out", *rate, *flags, "--per_device_train_batch_size", "2")
+    assert main(words) == 0
+
+    logged = terms(tmp_path / "out")
+    expected = EXPECTED_TERMS.get(method, {"forget", "retain"})
+    assert logged and all(set(log) == {f"loss/{name}" for name in expected} for log in logged)
+    record = json.loads((tmp_path / "out/unlearning.json").read_text())
+    assert record["method"] == method and record["optimizer_steps"] == len(logged)
+    assert set(record["streams"]) == expected and all(part["tokens"] > 0 for part in record["streams"].values())
+    assert (tmp_path / "out/README.md").read_text().startswith("---\n")
+    assert not list((tmp_path / "out").rglob("*.bin")), "a pickle was left behind"
+
+    if not lora:
+        assert not all(torch.equal(start_weights[key], value) for key, value in weights(tmp_path / "out").items())
+    start = tiny_world["model" if RAISES_FORGET_NLL[method] else "base"]
+    moved = answer_nll(tmp_path / "out", tiny_world, "forget") - answer_nll(start, tiny_world, "forget")
+    assert (moved > 0.01) if RAISES_FORGET_NLL[method] else (moved < -0.01), moved
+
+
+@pytest.mark.parametrize("method", ["npo", "ascent_plus_kl_divergence"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_reference_is_the_start_model_and_stays_so(method, lora, tiny_world, tmp_path, monkeypatch):
+    """The reference's log-probabilities of a fixed batch are the start model's before step 1 and after the last step."""
+    from llm_unlearn.cli import unlearn
+
+    seen = []
+    original = unlearn._train_and_save
+
+    def spy(parsed, trainer, sources):
+        batch = trainer.data_collator([trainer.train_dataset[("forget", row)] for row in (0, 3)])
+        seen.append(trainer.reference(batch)["forget"].logps)
+        seen.append(trainer.forward(trainer.model.eval(), batch)["forget"].logps.detach())
+        original(parsed, trainer, sources)
+        seen.append(trainer.reference(batch)["forget"].logps)
+        seen.append(trainer.forward(trainer.model.eval(), batch)["forget"].logps.detach())
+
+    monkeypatch.setattr(unlearn, "_train_and_save", spy)
+    flags = ["--use_peft", "True"] if lora else []
+    assert main(command(tiny_world, method, tmp_path / "out", *flags)) == 0
+    reference_before, policy_before, reference_after, policy_after = seen
+    assert torch.equal(reference_before, policy_before)
+    assert torch.equal(reference_before, reference_after)
+    assert not torch.equal(policy_before, policy_after)
+
+
+def test_kl_term_starts_at_zero_and_npo_at_two_over_beta_log_two(tiny_world, tmp_path):
+    words = command(tiny_world, "npo", tmp_path / "out", "--retain_loss", "kl", "--beta", "0.5", "--max_steps", "1")
+    assert main(words) == 0
+    first = terms(tmp_path / "out")[0]
+    assert first["loss/forget"] == pytest.approx(2 / 0.5 * 0.6931471805599453, rel=1e-6)
+    # float32 rounding of two forwards that are padded differently; a cross-entropy would be about 7 nats.
+    assert abs(first["loss/retain"]) < 1e-6
+
+
+def test_ascent_and_descent_on_the_same_row_cancel(tiny_world, tmp_path, start_weights):
+    """Published sanity check: one negative and one equal positive copy give no loss and no update."""
+    world = {**tiny_world, "retain": tiny_world["forget"]}
+    flags = ["--max_train_samples", "1", "--positive_ratio", "1", "--positive_factor", "1"]
+    words = command(world, "ascent_plus_descent", tmp_path / "out", *flags)
+    assert main(words) == 0
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert abs(history[0]["loss"]) < 1e-6
+    for key, value in weights(tmp_path / "out").items():
+        assert torch.allclose(value, start_weights[key], atol=1e-6)
+
+
+def test_pooled_weights_follow_the_published_mean_over_all_rows(tiny_world, tmp_path):
+    """L = mean over forget and retain rows of f_i * nll_i; with ratio 2 and factor .5 both sides weigh N and 2N * .5."""
+    words = command(tiny_world, "ascent_plus_descent", tmp_path / "out", "--max_steps", "1")
+    assert main(words) == 0
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    forget, retain = history[0]["loss/forget"], history[0]["loss/retain"]
+    assert forget < 0 < retain
+    assert history[0]["loss"] == pytest.approx((4 * forget + 8 * 0.5 * retain) / 12, abs=1e-4)
+
+
+def test_completely_random_labels_are_drawn_once_and_kept_by_a_seed(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHOD_FLAGS, "random_label", ["--completely_random", "True"])
+    runs = []
+    for number, seed in enumerate((7, 7, 8)):
+        assert main(command(tiny_world, "random_label", tmp_path / str(number), "--seed", seed, "--max_steps", "1")) == 0
+        runs.append(terms(tmp_path / str(number))[0]["loss/forget"])
+    assert runs[0] == runs[1] != runs[2]
