@@ -38,6 +38,8 @@ class DataFlags:
     data_dir: str | None = flag(
         None, "Folder that replaces the Hub: <config>/<split>.jsonl or <config or split>.jsonl."
     )
+    cache_dir: str | None = flag(None, "Where downloads from the Hub are kept, models and data alike.")
+    token: str | None = flag(None, "Access token of the Hub; default: the one that you logged in with.")
     dataset_revision: str | None = flag(None, "Branch, tag or commit of the Hub data sets; default: the newest.")
     forget_data: str | None = flag(
         None, "Rows to forget: a file, hub:owner/name[/config]:split[#column], or a mixture."
@@ -72,8 +74,6 @@ class ModelFlags:
         "The model that must forget; --model_name_or_path is taken where it is missing (retrain starts from that).",
     )
     tokenizer_name: str | None = flag(None, "Tokenizer, if it does not lie beside the model.")
-    cache_dir: str | None = flag(None, "Where downloads from the Hub are kept.")
-    token: str | None = flag(None, "Access token of the Hub; default: the one that you logged in with.")
     trust_remote_code: bool = flag(False, "Run model code from the Hub; needs a pinned --model_revision.")
     output_suffix: str | None = flag(None, "Appended to the automatic output directory.")
 
@@ -93,7 +93,6 @@ RENAMED = {
     "model_max_length": "max_length",
     "block_size": "max_length",
     "output_sufix": "output_suffix",
-    "use_auth_token": "token",
     "use_lora": "use_peft",
     "no_cuda": "use_cpu",
     "evaluation_strategy": "eval_strategy",
@@ -117,6 +116,7 @@ ACCEPTED = {
     "preprocessing_num_workers": "tokenization runs in this process",
     "keep_linebreaks": "line breaks are always kept",
     "use_fast_tokenizer": "the fast tokenizer is always used where there is one",
+    "use_auth_token": "the token that you logged in with is always used; --token gives another",
     "low_cpu_mem_usage": "models are always loaded so",
     "dataset_name": "the data sources are written into the model card",
     "dataset_config_name": "the data sources are written into the model card",

@@ -26,6 +26,8 @@ class PlanEpoch(TrainerCallback):
         plan = self.trainer.plan
         updates_per_epoch = -(-len(plan) // args.gradient_accumulation_steps)
         plan.set_epoch(state.global_step // updates_per_epoch)
+        # Resuming at the last step, transformers 5 would train one step more.
+        plan.is_finished = state.global_step >= state.max_steps
 
 
 class FiniteGradients(TrainerCallback):

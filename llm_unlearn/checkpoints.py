@@ -26,9 +26,10 @@ def write_manifest(folder):
         folder: checkpoint folder.
     """
     folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    listed = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     partial = folder / (MANIFEST + ".partial")
+    partial.unlink(missing_ok=True)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    listed = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     partial.write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
     os.replace(partial, folder / MANIFEST)
 
@@ -42,13 +43,16 @@ def incompleteness(folder):
     folder = Path(folder)
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        facts = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except OSError:
         return f"it has no {MANIFEST}, so that it was never finished"
-    for name, facts in files.items():
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not as it was written"
+    for name, (size, sha256) in facts.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
+        if path.stat().st_size != size or _sha256(path) != sha256:
             return f"{name} is not as it was written"
     return None
 
@@ -102,12 +106,11 @@ class CheckpointedTrainer(Trainer):
     def run_state(self):
         """Return what a resumed run must share with the run that wrote the checkpoint."""
         args = self.args
-        streams = self.train_dataset.streams if self.train_dataset is not None else {}
         return {
             "trainer": type(self).__name__,
             "seed": args.data_seed if args.data_seed is not None else args.seed,
             "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "streams": {name: _stream_sha256(rows) for name, rows in streams.items()},
+            "streams": self.train_dataset.fingerprints if self.train_dataset is not None else {},
         }
 
     def _resolve(self, wanted):
@@ -159,14 +162,16 @@ class CheckpointedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _rotate(self, limit):
+        """Delete what is beyond the limit: the newest finished and the best stay, unfinished ones never count."""
         if not limit or limit < 1:
             return
+        every = checkpoints_of(self.args.output_dir)
+        finished = [path.name for path in every if (path / MANIFEST).is_file()]
         best = self.state.best_model_checkpoint
-        kept = {Path(best).name} if best else set()
-        for path in checkpoints_of(self.args.output_dir):
-            if len(kept) < limit or path.name in kept:
-                kept.add(path.name)
-            else:
+        kept = [*finished[:1], *([Path(best).name] if best else [])]
+        kept += [name for name in finished if name not in kept][: max(limit - len(set(kept)), 0)]
+        for path in every:
+            if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -218,10 +223,3 @@ def _move_into_place(staging, output_dir):
 def _sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _stream_sha256(rows):
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
-    return digest.hexdigest()

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """The user's mistake, told in one sentence: what was given, what is allowed, what to type."""
 
 
+class MissingSplitError(UserError):
+    """A split of a domain is not where it was looked for; a run that can do without it goes on."""
+
+
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient became NaN or infinite; the update was not applied and nothing was saved after it."""
 

@@ -31,8 +31,12 @@ class StreamOutput:
 
     def mean_logps(self):
         """(B,) log-probability of each sequence per counted token, nats; 0 for a filler row."""
-        counts = self.mask.sum(-1) if self.weights is None else (self.mask * self.weights).sum(-1)
-        return self.sequence_logps() / torch.where(counts > 0, counts, torch.ones_like(counts))
+        tokens = self.mask.sum(-1) if self.weights is None else (self.mask * self.weights).sum(-1)
+        return self.sequence_logps() / torch.where(tokens > 0, tokens, torch.ones_like(tokens))
+
+    def counts(self):
+        """(2,) float64: sequences with a counted token, and counted tokens (their weights where given)."""
+        return _counts(self.mask, self.weights)
 
     def kl_from(self, reference):
         """(B, T-1) KL divergence from the reference's distribution to this one at each counted token, nats.
@@ -97,8 +101,12 @@ def counts(stream):
     Returns:
         (2,) float64 tensor: sequences with a counted token, and counted tokens (their weights where given).
     """
-    mask = stream["labels"][:, 1:] != IGNORED
-    tokens = (mask * stream["weights"][:, 1:]).sum() if "weights" in stream else mask.sum()
+    weights = stream["weights"][:, 1:] if "weights" in stream else None
+    return _counts(stream["labels"][:, 1:] != IGNORED, weights)
+
+
+def _counts(mask, weights):
+    tokens = mask.sum() if weights is None else (mask * weights).sum()
     return torch.stack([mask.any(-1).sum().double(), tokens.double()])
 
 

@@ -1,6 +1,7 @@
 """Pushing a finished checkpoint to the Hub, after everything is on disk."""
 
 import logging
+import shlex
 from pathlib import Path
 
 from llm_unlearn.checkpoints import incompleteness
@@ -43,7 +44,14 @@ def push_checkpoint(folder, hub_model_id=None, token=None, private=None, revisio
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise PushError(
             f"the checkpoint is complete in '{folder}', but the push failed ({reason[:200]}); "
-            f"retry with: python utils/push_checkpoint.py --output_dir {folder} --hub_model_id {name}"
+            f"retry with: {_retry_command(folder, name, private, revision)}"
         ) from error
     logger.info("pushed to %s", commit)
     return str(commit)
+
+
+def _retry_command(folder, name, private, revision):
+    words = ["python", "utils/push_checkpoint.py", "--output_dir", str(folder), "--hub_model_id", name]
+    words += ["--hub_private_repo"] if private else []
+    words += ["--hub_revision", revision] if revision else []
+    return shlex.join(words)

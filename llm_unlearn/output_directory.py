@@ -19,7 +19,7 @@ def output_directory(method, args, model, data):
         `./output/{domain}/{model}/{n}_gpu_bs_{bs}_gas_{gas}_lr_{lr}_epoch{E}[general][_rmgt]/unlearn/{prefix}`, in
         which n counts processes.
     """
-    if args.output_dir not in (None, "trainer_output", "./output", "output", "./output/"):
+    if args.output_dir is not None and os.path.normpath(args.output_dir) not in ("trainer_output", "output"):
         return args.output_dir
     name = os.path.basename(os.path.normpath(model.model_name_or_path or model.target_model_name_or_path))
     settings = (

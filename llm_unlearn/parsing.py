@@ -21,6 +21,7 @@ class Parsed:
         args: its arguments.
         model: ModelFlags and TRL's ModelConfig in one object.
         data: DataFlags.
+        words: the command line as it was given.
         notes: sentences to log about flags that changed nothing.
         context_length: tokens that the model reads at most; filled in when its config is read.
     """
@@ -30,6 +31,7 @@ class Parsed:
     args: object
     model: object
     data: DataFlags
+    words: list
     notes: list
     context_length: int | None = None
 
@@ -44,7 +46,8 @@ def parse(argv):
     Raises:
         UserError: unknown method, a flag that does not apply, a bad value, an unreadable config.
     """
-    argv, config = _split_config(list(argv))
+    given = list(argv)
+    argv, config = _split_config(given)
     notes = []
     config = {name: value for key, value in config.items() for name, value in _fold(key, value, notes)}
     argv = [word for part in argv for word in _fold_word(part, notes)]
@@ -66,7 +69,7 @@ def parse(argv):
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
-    return Parsed(method, trainer, args, model, data, notes)
+    return Parsed(method, trainer, args, model, data, given, notes)
 
 
 def overview():
@@ -107,9 +110,9 @@ def _line(name, text):
 
 def _split_config(argv):
     """Take `--config F`, `--config=F` or one positional FILE.json out of the words; returns (words, config)."""
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        return [], _read_config(argv[0])
     words, config, paths = [], {}, []
+    if argv and argv[0].endswith(".json") and not argv[0].startswith("-"):
+        paths, argv = [argv[0]], argv[1:]
     iterator = iter(argv)
     for word in iterator:
         if word == "--config":
@@ -131,8 +134,8 @@ def _read_config(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config file '{path}' does not exist")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"config file '{path}' cannot be read: {error}") from error
@@ -165,12 +168,15 @@ def _fold_word(word, notes):
 
 
 def _method(argv, config):
+    """Return the last --unlearn_method of the command line, else the config's."""
+    found = config.get("unlearn_method")
     for number, word in enumerate(argv):
-        if word == "--unlearn_method" and number + 1 < len(argv):
-            return argv[number + 1]
-        if word.startswith("--unlearn_method="):
-            return word.partition("=")[2]
-    return config.get("unlearn_method")
+        name, sign, value = word.partition("=")
+        if name.replace("-", "_") == "__unlearn_method":
+            found = value if sign else (argv[number + 1] if number + 1 < len(argv) else None)
+    if found is not None and not isinstance(found, str):
+        raise unknown_name("--unlearn_method", found, METHODS)
+    return found
 
 
 def _parser(args_class, method):

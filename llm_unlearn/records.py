@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import resource
+import shlex
 import sys
 
 import torch
@@ -32,11 +33,11 @@ def run_record(parsed, trainer, sources, seconds):
         "method": parsed.method,
         "trainer": f"{type(trainer).__module__}:{type(trainer).__name__}",
         "target_model": parsed.model.target_model_name_or_path or parsed.model.model_name_or_path,
-        "command": " ".join(sys.argv),
+        "command": command_line(parsed.words),
         "flags": {
             "unlearn_method": parsed.method,
-            **vars(parsed.data),
-            **{key: value for key, value in vars(parsed.model).items() if key != "token"},
+            **{key: value for key, value in vars(parsed.data).items() if key != "token"},
+            **vars(parsed.model),
             **trainer.args.to_dict(),
             "push_to_hub": trainer.push_requested,
         },
@@ -48,14 +49,29 @@ def run_record(parsed, trainer, sources, seconds):
             "zero_stage": trainer.zero_stage(),
         },
         "streams": {
-            name: {"rows": size, "tokens": tokens[name], "sha256": sha256}
-            for (name, size), sha256 in zip(dataset.sizes.items(), trainer.run_state()["streams"].values(), strict=True)
+            name: {"rows": size, "tokens": tokens[name], "sha256": dataset.fingerprints[name]}
+            for name, size in dataset.sizes.items()
         },
         "sources": {name: source.origins for name, source in sources.items()},
         "optimizer_steps": trainer.state.global_step,
         "wall_seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def command_line(words):
+    """Return the command as a user would type it again, access tokens left out.
+
+    Args:
+        words: what followed `run_unlearn.py`.
+    """
+    shown, hide = [], False
+    for word in words:
+        name, sign, _ = word.partition("=")
+        is_secret = name.startswith("--") and name.endswith("token")
+        shown.append("***" if hide else f"{name}=***" if is_secret and sign else word)
+        hide = is_secret and not sign
+    return shlex.join(["python", "run_unlearn.py", *shown])
 
 
 def model_card(record):

@@ -50,12 +50,13 @@ class Reference:
             return
         policy = self.trainer.model_wrapped
         peft_model = self.trainer.accelerator.unwrap_model(policy, keep_torch_compile=False)
+        was_training = policy.training
         policy.eval()
         try:
             with peft_model.disable_adapter():
                 yield policy
         finally:
-            policy.train()
+            policy.train(was_training)
 
 
 def is_peft(model):

@@ -154,7 +154,8 @@ class UnlearnTrainer(CheckpointedTrainer):
             NonFiniteError: if the loss, summed over all processes, is NaN or infinite; raised before the backward.
         """
         standalone = num_items_in_batch is None
-        items = {name: _own_counts(out) for name, out in outputs.items()} if standalone else num_items_in_batch
+        own = {name: output.counts().clamp(min=1) for name, output in outputs.items()}
+        items = own if standalone else num_items_in_batch
         loss = 0.0
         for name, values in terms.items():
             if values is None:
@@ -300,11 +301,6 @@ def _as_rows(data, name):
     if isinstance(data, str):
         return read_rows(data)
     return check_rows((dict(row) for row in data), f"the {name} set")
-
-
-def _own_counts(output):
-    tokens = output.mask.sum() if output.weights is None else (output.mask * output.weights).sum()
-    return torch.stack([output.mask.any(-1).sum().double(), tokens.double()]).clamp(min=1)
 
 
 def _summed(values, output):

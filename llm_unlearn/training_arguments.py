@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ _WITHOUT_EFFECT = {
     "label_smoothing_factor": "the methods define their own losses",
     "dataloader_drop_last": "the last batch is filled with rows of weight zero",
     "auto_find_batch_size": "the plan of batches is fixed before training; pass --per_device_train_batch_size",
+    "hub_strategy": "the Trainer never pushes; --push_to_hub uploads once, after everything is on disk",
+    "hub_always_push": "the Trainer never pushes; --push_to_hub uploads once, after everything is on disk",
     "ignore_data_skip": "a resumed run continues at the row where it stopped",
 }
 
@@ -66,8 +69,18 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
         for name, reason in _WITHOUT_EFFECT.items():
             if name in fields and getattr(self, name) != fields[name].default:
                 raise UserError(f"--{name} has no effect here: {reason}")
-        if self.learning_rate < 0:
+        if not 0 <= self.learning_rate < math.inf:
             raise UserError(f"--learning_rate must not be negative, but is {self.learning_rate}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, but is {getattr(self, name)}")
+        for name in ("forget_weight", "retain_weight"):
+            if not math.isfinite(getattr(self, name, 1.0)):
+                raise UserError(f"--{name} must be finite, but is {getattr(self, name)}")
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"--max_length must be at least 1, but is {self.max_length}")
+        if self.num_train_epochs <= 0 and self.max_steps < 0:
+            raise UserError(f"--num_train_epochs must be above 0, but is {self.num_train_epochs}")
         if self.max_steps == 0:
             raise UserError("--max_steps 0 would train nothing; pass a positive number, or leave it out")
 
@@ -93,8 +106,9 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
         """Turn the words of `fsdp` into fsdp_config, or drop it where no FSDP can run."""
         if not self.fsdp or str(self.fsdp).lower() == "false":
             self.fsdp = None
-            if self.fsdp_transformer_layer_cls_to_wrap:
-                raise UserError("--fsdp_transformer_layer_cls_to_wrap has no effect without --fsdp")
+            for name in ("fsdp_transformer_layer_cls_to_wrap", "fsdp_config"):
+                if getattr(self, name):
+                    raise UserError(f"--{name} has no effect without --fsdp")
             return
         if self.deepspeed:
             raise UserError("--fsdp and --deepspeed exclude each other; pass one of them")
@@ -165,12 +179,13 @@ def fsdp_can_run(args):
 def _load_config(config):
     if not isinstance(config, str):
         return config
-    if config.lstrip().startswith("{"):
-        return json.loads(config)
-    path = Path(config)
-    if not path.is_file():
+    is_inline = config.lstrip().startswith("{")
+    if not is_inline and not Path(config).is_file():
         raise UserError(f"configuration file '{config}' does not exist")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(config if is_inline else Path(config).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"the configuration '{config}' is not valid JSON: {error}") from error
 
 
 def _say(message):

@@ -34,3 +34,37 @@ def start_weights(tiny_world):
     from tiny_world import weights
 
     return weights(tiny_world["model"])
+
+
+@pytest.fixture(scope="session")
+def story_tokenizer(shared_data):
+    """Llama tokenizer of 512 pieces with byte fallback; it writes <s> first."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(shared_data / "models" / "stories260K-hf")
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer():
+    """Byte-level BPE trained on the demo world: no BOS, no chat template; set either on a copy."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from llm_unlearn.data.synthetic import corpus, make_world
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(make_world(0)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )

@@ -19,7 +19,7 @@ from llm_unlearn.cli.unlearn import main
 
 
 def run(case):
-    """Run one case from a clean accelerate state; returns its exit code."""
+    """Run one case from a clean accelerate state; returns its exit code, or what it raised."""
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
     gc.collect()
@@ -29,6 +29,8 @@ def run(case):
     environment = dict(os.environ)
     try:
         return main(case["argv"])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     finally:
         # Accelerate leaves its switches in the environment, where the next case would find them.
         os.environ.clear()

@@ -65,16 +65,18 @@ DAMAGE = {
     "missing optimizer": (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
     "missing shard": (lambda folder: shutil.rmtree(folder / "global_step"), "global_step/rank_0.pt is missing"),
     "grown file": (lambda folder: (folder / "empty.txt").write_text("x"), "empty.txt is not as it was"),
-    "truncated manifest": (lambda folder: truncate(folder / MANIFEST), "it has no manifest.json"),
-    "empty manifest": (lambda folder: (folder / MANIFEST).write_text(""), "it has no manifest.json"),
-    "foreign manifest": (lambda folder: (folder / MANIFEST).write_text("{}"), "it has no manifest.json"),
+    "truncated manifest": (lambda folder: truncate(folder / MANIFEST), "manifest.json is not as it was written"),
+    "empty manifest": (lambda folder: (folder / MANIFEST).write_text(""), "manifest.json is not as it was written"),
+    "foreign manifest": (lambda folder: (folder / MANIFEST).write_text("{}"), "manifest.json is not as it was written"),
     "list as manifest": (lambda folder: (folder / MANIFEST).write_text("[]"), ""),
     "no list of files": (lambda folder: (folder / MANIFEST).write_text('{"files": null}'), ""),
     "flipped bit in a key of the manifest": (
         lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"bytes"', '"cytes"')),
         "",
     ),
-    "binary manifest": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\x00"), "it has no manifest.json"),
+    "binary manifest": (
+        lambda folder: (folder / MANIFEST).write_bytes(b"\xff\x00"), "manifest.json is not as it was written",
+    ),
 }  # fmt: skip
 
 

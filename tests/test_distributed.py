@@ -64,8 +64,13 @@ def folder(tiny_world, tmp_path_factory):
             cut = ["--per_device_train_batch_size", batch_size]
             words = command(tiny_world, method, folder / backend / kind, *flags, *switches, *cut)
             cases.append({"name": f"{backend}/{kind}", "argv": words, "fsdp": backend == "fsdp2"})
+    for backend, (switches, _, _) in BACKENDS.items():
+        diverging = ["--learning_rate", "1e30", "--per_device_train_batch_size", 2]
+        words = command(tiny_world, "gradient_ascent", folder / backend / "diverging", *switches, *diverging)
+        cases.append({"name": f"{backend}/diverging", "argv": words, "fsdp": backend == "fsdp2"})
     codes = launch(cases, folder)
-    assert codes == {case["name"]: 0 for case in cases}
+    (folder / "codes.json").write_text(json.dumps(codes))
+    assert {name: code for name, code in codes.items() if "diverging" not in name and code != 0} == {}
     return folder
 
 
@@ -109,6 +114,13 @@ def test_the_checkpoint_reloads(backend, folder):
     logits = model(torch.tensor([[1, 5, 9]])).logits
     other = AutoModelForCausalLM.from_pretrained(folder / "one/npo_kl")(torch.tensor([[1, 5, 9]])).logits
     assert torch.allclose(logits, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_diverging_run_stops_on_every_rank_and_saves_nothing(backend, folder):
+    code = str(json.loads((folder / "codes.json").read_text())[f"{backend}/diverging"])
+    assert code.startswith("NonFiniteError") and "is not finite at step 2" in code
+    assert not list((folder / backend / "diverging").rglob("*.safetensors"))
 
 
 def test_the_users_mistake_is_said_once_and_loses_nothing(tiny_world, tmp_path):

@@ -70,12 +70,16 @@ def test_a_mean_per_micro_batch_would_be_seen(tiny_world, start_weights, tmp_pat
 def test_padding_changes_nothing(tiny_world, start_weights, tmp_path, monkeypatch):
     from llm_unlearn.data.streams import UnlearnCollator
 
+    original = UnlearnCollator.__init__
+
+    def padding_more(self, pad_token_id=0):
+        original(self, pad_token_id, 64)
+
     shapes = {"1x4": (4, 1)}
     for method in ("npo", "ascent_plus_kl_divergence", "random_label"):
         plain = runs(tiny_world, method, tmp_path / method / "plain", shapes=shapes)["1x4"]
         with monkeypatch.context() as patch:
-            original = UnlearnCollator.__init__
-            patch.setattr(UnlearnCollator, "__init__", lambda self, pad_token_id=0: original(self, pad_token_id, 64))
+            patch.setattr(UnlearnCollator, "__init__", padding_more)
             padded = runs(tiny_world, method, tmp_path / method / "padded", shapes=shapes)["1x4"]
         assert_terms_agree(padded[0], plain[0], 1e-5)
         assert update_distance(padded[1], plain[1], start_weights) <= UPDATE_TOLERANCE

@@ -69,7 +69,7 @@ def test_every_method_trains_saves_and_reloads(method, lora, tiny_world, start_w
 @pytest.mark.parametrize("method", ["npo", "ascent_plus_kl_divergence"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_the_reference_is_the_start_model_and_stays_so(method, lora, tiny_world, tmp_path, monkeypatch):
-    """The reference's log-probabilities of a fixed batch are the start model's before step 1 and after the last step."""
+    """The reference's log-probabilities of a batch are the start model's, before step 1 and after the last step."""
     from llm_unlearn.cli import unlearn
 
     seen = []
@@ -114,7 +114,7 @@ def test_ascent_and_descent_on_the_same_row_cancel(tiny_world, tmp_path, start_w
 
 
 def test_pooled_weights_follow_the_published_mean_over_all_rows(tiny_world, tmp_path):
-    """L = mean over forget and retain rows of f_i * nll_i; with ratio 2 and factor .5 both sides weigh N and 2N * .5."""
+    """L = mean over all rows of f_i * nll_i; with ratio 2 and factor .5 the sides weigh N and 2N * .5."""
     words = command(tiny_world, "ascent_plus_descent", tmp_path / "out", "--max_steps", "1")
     assert main(words) == 0
     history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
@@ -127,6 +127,8 @@ def test_completely_random_labels_are_drawn_once_and_kept_by_a_seed(tiny_world, 
     monkeypatch.setitem(METHOD_FLAGS, "random_label", ["--completely_random", "True"])
     runs = []
     for number, seed in enumerate((7, 7, 8)):
-        assert main(command(tiny_world, "random_label", tmp_path / str(number), "--seed", seed, "--max_steps", "1")) == 0
+        assert (
+            main(command(tiny_world, "random_label", tmp_path / str(number), "--seed", seed, "--max_steps", "1")) == 0
+        )
         runs.append(terms(tmp_path / str(number))[0]["loss/forget"])
     assert runs[0] == runs[1] != runs[2]

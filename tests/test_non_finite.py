@@ -16,8 +16,8 @@ def test_a_diverging_ascent_stops_and_saves_nothing(tiny_world, tmp_path):
 
 
 def test_the_message_names_the_last_good_checkpoint(tiny_world, tmp_path, monkeypatch):
-    from llm_unlearn.objectives import likelihood
     from llm_unlearn.methods import gradient_ascent
+    from llm_unlearn.objectives import likelihood
 
     calls = []
 
@@ -27,7 +27,7 @@ def test_the_message_names_the_last_good_checkpoint(tiny_world, tmp_path, monkey
 
     monkeypatch.setattr(gradient_ascent, "ascent", poisoned)
     flags = ["--save_strategy", "steps", "--save_steps", "1"]
-    with pytest.raises(NonFiniteError, match="step 3.*checkpoint-2"):
+    with pytest.raises(NonFiniteError, match=r"step 3.*checkpoint-2"):
         main(command(tiny_world, "gradient_ascent", tmp_path / "out", *flags))
     assert (tmp_path / "out/checkpoint-2/manifest.json").is_file()
     assert not (tmp_path / "out/checkpoint-3").exists()

@@ -1,4 +1,4 @@
-"""The loss formulas and the wrong labels: golden numbers, limits, and independent NumPy oracles with their gradients."""
+"""The loss formulas and the wrong labels: golden numbers, limits, and NumPy oracles with their gradients."""
 
 import math
 
@@ -41,7 +41,7 @@ def sigmoid(x):
 
 
 def check(loss, inputs, value, gradient, rel):
-    """Compare the values of a loss, and the gradient of its sum, with an oracle; rel is relative to the largest entry."""
+    """Compare the values of a loss, and the gradient of its sum, with an oracle; rel is of the largest entry."""
     (found,) = torch.autograd.grad(loss.sum(), [inputs])
     for ours, oracle in ((loss, value), (found, gradient)):
         assert ours.shape == oracle.shape
@@ -353,8 +353,13 @@ def test_bfloat16_logits_can_be_sampled():
 
 @pytest.mark.parametrize(
     ("forbidden", "top_k", "top_p", "kept"),
-    [(None, 10**10, 1.0, range(7)), (2, 10**10, 1.0, (0, 1, 3, 4, 5, 6)), (None, 3, 1.0, (4, 5, 6)), (6, 3, 1.0, (3, 4, 5))],
-)  # fmt: skip
+    [
+        (None, 10**10, 1.0, range(7)),
+        (2, 10**10, 1.0, (0, 1, 3, 4, 5, 6)),
+        (None, 3, 1.0, (4, 5, 6)),
+        (6, 3, 1.0, (3, 4, 5)),
+    ],
+)
 def test_gumbel_draws_have_the_frequencies_of_the_softmax(forbidden, top_k, top_p, kept):
     num_draws = 20_000
     row = np.array([-1.0, -0.5, 0.0, 0.3, 0.6, 0.9, 1.2])

@@ -1,4 +1,4 @@
-"""The command line: the published commands, one method's flags at a time, configs, folded names, errors of one sentence."""
+"""The command line: the published commands, one method's flags at a time, configs, folded names, refusals."""
 
 import json
 import logging
@@ -156,7 +156,7 @@ def test_retain_flags_exist_only_where_there_is_a_retain_term():
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("--learning_rat", "--learning_rate"), ("--lora-ranks", "--lora_r"), ("--max_lenght", "--max_length")],
+    [("--learning_rat", "--learning_rate"), ("--use_pft", "--use_peft"), ("--max_lenght", "--max_length")],
 )
 def test_unknown_flag_suggests_the_nearest(given, meant):
     message = refusal(*NPO, given, "1")
@@ -221,18 +221,14 @@ RENAMED_VALUES = {
     "model_max_length": (123, lambda parsed: parsed.args.max_length),
     "block_size": (77, lambda parsed: parsed.args.max_length),
     "output_sufix": ("-a", lambda parsed: parsed.model.output_suffix),
-    "use_auth_token": ("hf_secret", lambda parsed: parsed.model.token),
+    "use_auth_token": ("hf_secret", lambda parsed: parsed.data.token),
     "use_lora": (True, lambda parsed: parsed.model.use_peft),
     "no_cuda": (True, lambda parsed: parsed.args.use_cpu),
     "evaluation_strategy": ("epoch", lambda parsed: parsed.args.eval_strategy.value),
 }
 
 
-def test_every_renamed_flag_is_tested():
-    assert set(RENAMED_VALUES) == set(RENAMED)
-
-
-@pytest.mark.parametrize("name", RENAMED_VALUES)
+@pytest.mark.parametrize("name", RENAMED)
 def test_renamed_flags_reach_their_successor(name):
     value, read = RENAMED_VALUES[name]
     assert read(parse(NPO)) != value or name == "no_cuda"
@@ -247,7 +243,7 @@ def test_renamed_flags_reach_their_successor(name):
 @pytest.mark.parametrize("words", [["--use_auth_token", "True"], ["--use_auth_token=True"], ["--use_auth_token"]])
 def test_use_auth_token_was_a_switch(words):
     """It meant: use the token that I logged in with. The word True is no token."""
-    assert parse([*NPO, *words]).model.token in (None, True)
+    assert parse([*NPO, *words]).data.token in (None, True)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -285,9 +281,14 @@ def test_method_of_the_command_line_beats_the_config():
 
 def test_json_config_as_flag_and_as_the_only_word():
     path = config(json.dumps({"unlearn_method": "npo", "beta": 0.3, "domain": "tofu"}), "run.json")
-    for words in ([path], ["--config", path], [f"--config={path}"]):
+    for words in ([path], ["--config", path], [f"--config={path}", "--seed", "1"]):
         parsed = parse(words)
         assert (parsed.method, parsed.args.beta, parsed.data.domain) == ("npo", 0.3, "tofu")
+
+
+def test_json_config_behind_an_equals_sign_as_the_only_word():
+    path = config(json.dumps({"unlearn_method": "npo", "beta": 0.3}), "run.json")
+    assert parse([f"--config={path}"]).args.beta == 0.3
 
 
 def test_flags_win_over_a_positional_json():
@@ -334,7 +335,7 @@ def test_fsdp_true_in_a_config_is_the_published_pair_of_words(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("unlearn_method: gradient_ascent\nbeta: 1", "--beta does not apply to gradient_ascent; it is a flag of npo, simnpo"),
+        ("unlearn_method: gradient_ascent\nbeta: 1", "--beta does not apply to gradient_ascent; it is a flag of npo"),
         ("unlearn_method: npo\nlearning_rat: 1", "unknown flag '--learning_rat'; did you mean '--learning_rate'?"),
         ("unlearn_method: npo\nbeta: high", "invalid float value: 'high'"),
         ("unlearn_method: npo\nenv: {A: 1}", "has an 'env' block; set environment variables in the shell"),
@@ -348,7 +349,7 @@ def test_fsdp_true_in_a_config_is_the_published_pair_of_words(monkeypatch):
         ("", "must be a mapping of flags to values"),
         ("beta: [", "cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_bad_configs_are_refused(text, reason):
     assert reason in refusal("--config", config(text))
 

@@ -9,7 +9,16 @@ from tiny_world import command, terms, weights
 
 from llm_unlearn.cli.unlearn import main
 
-FLAGS = ["--optim", "adamw_torch", "--learning_rate", "1e-3", "--num_train_epochs", "2", "--lr_scheduler_type", "linear"]
+FLAGS = [
+    "--optim",
+    "adamw_torch",
+    "--learning_rate",
+    "1e-3",
+    "--num_train_epochs",
+    "2",
+    "--lr_scheduler_type",
+    "linear",
+]
 SAVING = ["--save_strategy", "steps", "--save_steps", "1"]
 
 
@@ -85,3 +94,18 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(tiny_world, tmp_p
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
     listed = json.loads((tmp_path / "out/checkpoint-6/manifest.json").read_text())["files"]
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(listed)
+
+
+def test_resuming_a_finished_run_trains_no_further(finished, tiny_world):
+    whole, logged = weights(finished), terms(finished)
+    words = command(tiny_world, "grad_diff", finished, *FLAGS, *SAVING, "--resume_from_checkpoint", "auto")
+    assert main([*words, "--lr_scheduler_type", "linear"]) == 0
+    assert bit_equal(weights(finished), whole) and terms(finished) == logged
+
+
+def test_resuming_in_the_middle_of_an_epoch_that_max_steps_ended(tiny_world, tmp_path):
+    words = command(tiny_world, "npo", tmp_path / "out", "--max_steps", "2", *SAVING)
+    assert main(words) == 0
+    whole = weights(tmp_path / "out")
+    assert main([*words, "--resume_from_checkpoint", "auto"]) == 0
+    assert bit_equal(weights(tmp_path / "out"), whole) and len(terms(tmp_path / "out")) == 2

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_unlearn.data.rows import canonical_row, check_rows, fingerprint, read_rows
+from llm_unlearn.data.rows import canonical_row, check_rows, content_of, fingerprint, form_of, read_rows
 from llm_unlearn.errors import UserError
 
 QUICK = settings(deadline=None, derandomize=True, database=None, max_examples=100)
@@ -71,21 +71,25 @@ def test_a_column_is_found_by_its_name_and_never_by_its_place():
         canonical_row({"path": "x", "body": "y"})
 
 
-def test_messages_of_null_leave_the_row_to_its_other_columns():
-    assert canonical_row({"messages": None, **QA}) == {"messages": None, **QA}
+def test_columns_of_null_are_as_good_as_absent():
+    """A Parquet table of several forms gives every row all columns."""
+    assert canonical_row({"messages": None, "text": None, **QA, "note": None}) == QA
+    assert canonical_row({"text": "x", "question": None, "answer": None}) == {"text": "x"}
+    row = {"question": "Which?", "choice0": "ape", "choice1": "bee", "choice2": None, "answer": 1, "answer_index": None}
+    assert canonical_row(row)["choices"] == ["ape", "bee"]
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"text": 5}, "'text' must be text, but is int"),
-        ({"text": None}, "'text' must be text, but is NoneType"),
+        ({"text": None}, r"has the columns \[\], but needs text"),
         ({"text": float("nan")}, "'text' must be text, but is float"),
         ({"content": " \n\t"}, "'content' is empty"),
         ({"question": "Who?"}, r"has no column 'answer' \(it has \['question'\]\)"),
         ({"question": "Who?", "answer": ""}, "'answer' is empty"),
-        ({"question": "Who?", "answer": None}, "'answer' must be text, but is NoneType"),
-        ({"question": None, "answer": "x"}, "'question' must be text"),
+        ({"question": "Who?", "answer": None}, r"has no column 'answer' \(it has \['question'\]\)"),
+        ({"question": None, "answer": "x"}, r"has the columns \['answer'\], but needs text"),
         ({"question": " ", "answer": "x"}, "'question' is empty"),
         ({"prompt": "Once"}, "has no column 'completion'"),
         ({"prompt": "Once", "completion": " "}, "'completion' is empty"),
@@ -210,8 +214,12 @@ def test_parquet(tmp_path):
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     assert [row["answer"] for row in read_rows(tmp_path / "rows.parquet")] == ["bee", "ape"]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{**QA, "text": None}, {"text": "x"}]), tmp_path / "both.parquet"
+    )
+    assert read_rows(tmp_path / "both.parquet") == [QA, {"text": "x"}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([QA, {**QA, "answer": None}]), tmp_path / "null.parquet")
-    assert "null.parquet, row 2: 'answer' must be text, but is NoneType" in refusal(tmp_path / "null.parquet")
+    assert "null.parquet, row 2: has no column 'answer'" in refusal(tmp_path / "null.parquet")
 
 
 # ---- Refused files: file, row, reason ----
@@ -227,7 +235,7 @@ def test_parquet(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl, row 2: not valid UTF-8 (byte 24)"),
         ("a.csv", b"text\nx\ny\n\xe9t\xe9\n", "a.csv, row 4: not valid UTF-8"),
         ("a.jsonl", [QA, {"question": 5, "answer": "x"}], "a.jsonl, row 2: 'question' must be text, but is int"),
-        ("a.jsonl", [TEXT, {"text": None}], "a.jsonl, row 2: 'text' must be text, but is NoneType"),
+        ("a.jsonl", [TEXT, {"text": None}], "a.jsonl, row 2: has the columns [], but needs text"),
         ("a.jsonl", [TEXT, TEXT, {"text": 5}], "a.jsonl, row 3: 'text' must be text, but is int"),
         ("a.jsonl", [QA, QA, {**QA, "answer": "  "}], "a.jsonl, row 3: 'answer' is empty"),
         ("a.jsonl", [QA, {"question": "Who?"}], "a.jsonl, row 2: has no column 'answer'"),
@@ -236,7 +244,7 @@ def test_parquet(tmp_path):
         ("a.jsonl", "null\n", "a.jsonl, row 1: a row must be an object with named columns, but is NoneType"),
         ("a.json", '[["x"]]', "a.json, row 1: a row must be an object with named columns, but is list"),
         ("a.csv", "question,answer\nWho?,Me\nWhy?,\n", "a.csv, row 2: 'answer' is empty"),
-        ("a.csv", "question,answer\nWho?,Me\nWhy?\n", "a.csv, row 2: 'answer' must be text, but is NoneType"),
+        ("a.csv", "question,answer\nWho?,Me\nWhy?\n", "a.csv, row 2: has no column 'answer'"),
         (
             "a.csv",
             "question,choice0,choice1,answer\n?,a,b,1\n?,a,b,2\n",
@@ -280,6 +288,40 @@ def test_check_rows_numbers_from_1_or_as_told():
         check_rows([(4, TEXT), (9, {"text": ""})], "set")
     with pytest.raises(UserError, match=r"^set has no rows$"):
         check_rows(iter([]), "set")
+
+
+# ---- What a row is and says ----
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"messages": TURNS, "prompt": TURNS[:1], "text": "x"}, "messages"),
+        ({**QA, "prompt": "x", "text": "x"}, "question"),
+        ({"prompt": "x", "completion": "y", "text": "x"}, "prompt"),
+        (TEXT, "text"),
+    ],
+)
+def test_form_of_a_row(row, form):
+    assert form_of(row) == form
+    assert form_of(canonical_row(row)) == form
+
+
+def test_content_of_a_row():
+    """Two rows that say the same are found alike whatever else they carry, and no others."""
+    rows = [
+        QA,
+        {**QA, "answer": "Somebody."},
+        {"prompt": QA["question"], "completion": QA["answer"]},
+        {"messages": TURNS},
+        TEXT,
+        {"text": QA["question"] + QA["answer"]},
+    ]
+    contents = [content_of(row) for row in rows]
+    assert [content_of({**row, "path": "a/b"}) for row in rows] == contents
+    # A question with its answer and a prompt with the same words after it are two spellings of one text.
+    assert len(set(contents)) == 5
+    assert contents[0] == contents[2]
 
 
 # ---- Fingerprint ----

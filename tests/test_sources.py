@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llm_unlearn.data import sources
 from llm_unlearn.data.rows import fingerprint
-from llm_unlearn.data.sources import STREAMED_ROWS, Source, hub_rows, load_source
+from llm_unlearn.data.sources import STREAMED_ROWS, HubOptions, Source, hub_rows, load_source
 from llm_unlearn.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,9 +34,10 @@ class Hub:
 
     def __init__(self):
         self.rows = [{"text": f"text {number}", "lang": f"code {number}"} for number in range(5)]
-        self.info, self.load, self.stream, self.error = [], [], None, None
+        self.info, self.load, self.tokens, self.stream, self.error = [], [], [], None, None
 
-    def api(self):
+    def api(self, token=None):
+        self.tokens.append(token)
         return self
 
     def dataset_info(self, path, revision=None):
@@ -49,7 +50,8 @@ class Hub:
 
         return Info
 
-    def load_dataset(self, path, config=None, *, split, revision, streaming, cache_dir):
+    def load_dataset(self, path, config=None, *, split, revision, streaming, cache_dir, token):
+        self.tokens.append(token)
         self.load.append((path, config, split, revision, streaming, cache_dir))
         self.stream = Streamed(self.rows)
         return self.stream if streaming else list(self.rows)
@@ -110,7 +112,7 @@ def test_unreadable_hub_specs(hub, spec):
 
 def test_the_commit_that_was_read_is_recorded(hub):
     """A branch moves: what is loaded and recorded is the commit that it stood for, asked once."""
-    source = load_source("hub:owner/name/config:train", max_rows=3, revision="main")
+    source = load_source("hub:owner/name/config:train", max_rows=3, hub=HubOptions(revision="main"))
     assert hub.info == [("owner/name", "main")]
     assert hub.load[0][3] == COMMIT
     assert source.origins == [
@@ -133,8 +135,9 @@ def test_only_the_first_rows_are_streamed(hub):
 
 
 def test_without_a_limit_the_split_is_downloaded(hub):
-    rows, commit = hub_rows("owner/name", None, "train", cache_dir="/cache")
+    rows, commit = hub_rows("owner/name", None, "train", hub=HubOptions(cache_dir="/cache", token="secret"))
     assert (len(rows), commit) == (5, COMMIT)
+    assert hub.tokens == ["secret", "secret"]
     assert hub.load == [("owner/name", None, "train", COMMIT, False, "/cache")]
 
 
@@ -154,7 +157,7 @@ def test_a_named_column_may_have_empty_texts_but_no_numbers(hub):
 
 def test_hub_rows_are_checked(hub):
     hub.rows = [{"text": "one"}, {"text": None}]
-    with pytest.raises(UserError, match="hub:owner/name/config:train, row 2: 'text' must be text, but is NoneType"):
+    with pytest.raises(UserError, match="hub:owner/name/config:train, row 2: has the columns"):
         load_source("hub:owner/name/config:train")
     hub.rows = []
     with pytest.raises(UserError, match="hub:owner/name:train has no rows"):
@@ -184,7 +187,7 @@ def test_without_network_the_sentence_says_what_to_pass(hub):
 
 
 def test_a_file(write):
-    source = load_source(write("a", 5), max_rows=3, revision="main")
+    source = load_source(write("a", 5), max_rows=3, hub=HubOptions(revision="main"))
     assert texts(source) == ["a 0", "a 1", "a 2"]
     assert source.origins == [
         {"source": "a.jsonl", "revision": None, "share": 1.0, "rows": 3, "sha256": fingerprint(source.rows)}
@@ -235,7 +238,7 @@ def mixture(counts, shares, max_rows):
     """Mix sources of that many rows without files; returns the Source."""
     rows = {str(number): [{"text": f"{number}:{n}"} for n in range(count)] for number, count in enumerate(counts)}
 
-    def load_one(name, limit, revision):
+    def load_one(name, limit, hub):
         part = rows[name][:limit]
         return Source(part, [{"source": name, "revision": None, "share": 1.0, "rows": len(part), "sha256": ""}])
 
@@ -283,7 +286,9 @@ def test_order_is_a_pure_function_of_the_seed(write):
 
 
 def test_a_mixture_with_the_hub_records_each_origin(hub, write):
-    source = load_source(f"{write('a', 4)}=0.5,hub:owner/name/config:train#lang=0.5", max_rows=4, revision="v1")
+    source = load_source(
+        f"{write('a', 4)}=0.5,hub:owner/name/config:train#lang=0.5", max_rows=4, hub=HubOptions(revision="v1")
+    )
     assert sorted(texts(source)) == ["a 0", "a 1", "code 0", "code 1"]
     assert [origin["revision"] for origin in source.origins] == [None, COMMIT]
     assert hub.info == [("owner/name", "v1")]

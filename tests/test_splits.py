@@ -9,9 +9,9 @@ import pytest
 
 from llm_unlearn.arguments import DataFlags
 from llm_unlearn.data import splits
-from llm_unlearn.data.rows import read_rows
-from llm_unlearn.data.sources import Source
-from llm_unlearn.data.splits import DOMAINS, check_trainable, domain_names, kind_of, load_split
+from llm_unlearn.data.rows import form_of, read_rows
+from llm_unlearn.data.sources import HubOptions, Source
+from llm_unlearn.data.splits import DOMAINS, check_trainable, domain_names, load_split
 from llm_unlearn.data.synthetic import DEMO_SPLITS, make_world, write_world
 from llm_unlearn.data.training_sets import missing_set, training_sets
 from llm_unlearn.errors import UserError
@@ -43,8 +43,8 @@ def hub(monkeypatch):
     """Collect what is asked of the Hub; every split there has one row."""
     asked = []
 
-    def hub_rows(path, config, split, column=None, max_rows=None, revision=None, cache_dir=None):
-        asked.append((path, config, split, max_rows, revision))
+    def hub_rows(path, config, split, column=None, max_rows=None, hub=None):
+        asked.append((path, config, split, max_rows, hub))
         return [{"text": f"{path} {config} {split}"}], "commit"
 
     monkeypatch.setattr(splits, "hub_rows", hub_rows)
@@ -306,11 +306,6 @@ def test_demo_rows_are_canonical_like_rows_of_a_file(split, tmp_path):
     assert load_split(split, flags("demo")).rows == expected
 
 
-def test_kind_of_rows():
-    assert kind_of([QA]) == kind_of([{"prompt": "a", "completion": "b"}]) == kind_of([{"messages": []}]) == "qa"
-    assert kind_of([{"text": "x"}]) == kind_of([QA, {"text": "x"}]) == "text"
-
-
 # ---- From the Hub ----
 
 HUB = [
@@ -333,20 +328,12 @@ HUB = [
 
 @pytest.mark.parametrize(("domain", "name", "place"), HUB)
 def test_names_on_the_hub(hub, domain, name, place):
-    data = flags(domain, max_train_samples=7, dataset_revision="v2")
-    # The flag stands among the model's; how it gets here is test_the_hub_is_read_with_the_flags_of_the_command_line.
-    if not hasattr(data, "cache_dir"):
-        data.cache_dir = None
+    data = flags(domain, max_train_samples=7, dataset_revision="v2", cache_dir="/cache", token="secret")
     source = load_split(name, data)
-    assert hub == [(*place, 7, "v2")]
+    assert hub == [(*place, 7, HubOptions("v2", "/cache", "secret"))]
     assert source.origins[0]["revision"] == "commit"
     assert source.origins[0]["source"].startswith(f"hub:{place[0]}")
     assert source.rows == [{"text": "{} {} {}".format(*place)}]
-
-
-def test_the_hub_is_read_with_the_flags_of_the_command_line(hub):
-    """`Parsed.data` is a DataFlags, nothing more."""
-    assert load_split("forget", flags("arxiv")).rows == [{"text": "llmunlearn/unlearn_dataset arxiv forget"}]
 
 
 @pytest.mark.parametrize(
@@ -427,7 +414,7 @@ def test_evaluation_leaves_out_what_cannot_be_had(world_folder, tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         evaluation = training_sets(parsed(flags("tofu", tmp_path), do_eval=True), None)[2]
     assert list(evaluation) == ["forget", "retain"]
-    assert "evaluation leaves out the holdout set: --data_dir" in caplog.text
+    assert "going on without the holdout set: --data_dir" in caplog.text
 
 
 def test_rows_in_both_sets_are_counted_in_a_warning(tmp_path, caplog):
@@ -486,7 +473,7 @@ def test_real_text_domains(shared_data):
     }.items():
         for name in names:
             source = load_split(name, flags(domain, shared_data / "text_domains"))
-            assert kind_of(source.rows) == "text"
+            assert {form_of(row) for row in source.rows} == {"text"}
 
 
 def test_source_fingerprint_is_that_of_its_rows():

@@ -138,7 +138,7 @@ def test_no_fsdp(with_fsdp, fsdp):
 
 
 def test_unknown_fsdp_word_lists_the_known_ones():
-    with pytest.raises(UserError, match="unknown --fsdp option 'hybrid'. Known: full_shard, shard_grad_op, offload"):
+    with pytest.raises(UserError, match=r"unknown --fsdp option 'hybrid'\. Known: full_shard, shard_grad_op, off"):
         arguments(fsdp="full_shard hybrid")
 
 
@@ -158,7 +158,7 @@ def test_fsdp_is_dropped_without_an_accelerator(caplog, monkeypatch):
     """Of eight processes; alone, because arguments made whole would look for the other seven."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     args = types.SimpleNamespace(
-        fsdp="full_shard", fsdp_config=None, fsdp_transformer_layer_cls_to_wrap=None, use_cpu=True
+        fsdp="full_shard", fsdp_config=None, fsdp_transformer_layer_cls_to_wrap=None, use_cpu=True, deepspeed=None
     )
     with caplog.at_level(logging.WARNING):
         UnlearnArguments._fold_fsdp(args)
@@ -184,6 +184,8 @@ def test_fsdp_needs_processes_and_an_accelerator(processes, use_cpu, runs, monke
         ("dataloader_drop_last", True),
         ("auto_find_batch_size", True),
         ("ignore_data_skip", True),
+        ("hub_strategy", "end"),
+        ("hub_always_push", True),
     ],
 )
 def test_flags_that_cannot_take_effect_are_refused(name, value):
@@ -202,11 +204,66 @@ def test_deepspeed_needs_a_launcher():
         arguments(deepspeed={"zero_optimization": {"stage": 2}})
 
 
+def test_fsdp_and_deepspeed_exclude_each_other():
+    with pytest.raises(UserError, match="--fsdp and --deepspeed exclude each other"):
+        arguments(fsdp="full_shard", deepspeed={"zero_optimization": {"stage": 2}})
+
+
+def under_deepspeed(config, bf16=False, max_grad_norm=0.5):
+    """Fold a DeepSpeed config without starting DeepSpeed; returns (arguments, whether bfloat16 compute is ours)."""
+    args = types.SimpleNamespace(deepspeed=config, use_cpu=False, bf16=bf16, max_grad_norm=max_grad_norm)
+    return args, UnlearnArguments._prepare_deepspeed(args)
+
+
+def test_deepspeed_clips_as_the_flag_says(monkeypatch):
+    """Where its file says nothing DeepSpeed clips at 1.0, whatever --max_grad_norm is."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    given = {"zero_optimization": {"stage": 2}}
+    assert under_deepspeed(given)[0].deepspeed == {**given, "gradient_clipping": 0.5}
+    assert under_deepspeed(given, max_grad_norm=0)[0].deepspeed["gradient_clipping"] == 0.0
+    assert under_deepspeed({"gradient_clipping": 2.0})[0].deepspeed["gradient_clipping"] == 2.0
+    assert given == {"zero_optimization": {"stage": 2}}
+
+
+def test_zero_3_gathers_the_weights_that_it_saves(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    args, _ = under_deepspeed({"zero_optimization": {"stage": 3, "overlap_comm": True}})
+    assert args.deepspeed["zero_optimization"] == {
+        "stage": 3,
+        "overlap_comm": True,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "bf16", "ours"),
+    [
+        ({"zero_optimization": {}}, False, False),
+        ({"zero_optimization": {}}, True, True),
+        ({"bf16": {"enabled": "auto"}}, True, True),
+        ({"bf16": {"enabled": True}}, True, False),
+    ],
+)
+def test_bfloat16_under_deepspeed_keeps_float32_weights(monkeypatch, config, bf16, ours):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    args, is_ours = under_deepspeed(config, bf16)
+    assert is_ours is ours
+    # The engine runs its own bfloat16 mode only where its file asks for it.
+    assert args.bf16 is (bf16 and not ours)
+
+
+def test_missing_deepspeed_config_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match=r"configuration file 'absent\.json' does not exist"):
+        under_deepspeed("absent.json")
+
+
 def test_what_the_trainer_relies_on_is_set():
     args = arguments()
     assert args.remove_unused_columns is False
     assert args.ddp_find_unused_parameters is False
     assert args.autocast_in_forward is False
+    assert args.logging_steps == 1
     assert arguments(ddp_find_unused_parameters=True).ddp_find_unused_parameters is True
 
 

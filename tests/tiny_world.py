@@ -54,7 +54,7 @@ def command(world, method, output_dir, *flags):
     words += ["--num_train_epochs", "1", "--save_strategy", "no", "--disable_tqdm", "True"]
     if not {"--per_device_train_batch_size", "--config"} & set(flags):
         words += ["--per_device_train_batch_size", "4"]
-    return [*words, *METHOD_FLAGS[method], *map(str, flags)]
+    return [*words, *METHOD_FLAGS.get(method, []), *map(str, flags)]
 
 
 def terms(output_dir):

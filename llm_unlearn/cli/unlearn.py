@@ -97,7 +97,7 @@ def build_trainer(parsed):
     quantization = quantization_config(flags)
     set_seed(args.seed)
     hub = {
-        "revision": flags.model_revision, "cache_dir": flags.cache_dir, "token": flags.token,
+        "revision": flags.model_revision, "cache_dir": parsed.data.cache_dir, "token": parsed.data.token,
         "trust_remote_code": flags.trust_remote_code,
     }  # fmt: skip
     tokenizer = load_tokenizer(flags.tokenizer_name or name, **hub)
@@ -133,7 +133,7 @@ def _train_and_save(parsed, trainer, sources):
     save_final(trainer, {"unlearning.json": as_json(record), "README.md": model_card(record)})
     logger.info("the unlearned model is in %s", args.output_dir)
     if trainer.push_requested and trainer.is_world_process_zero():
-        token = args.hub_token or parsed.model.token
+        token = args.hub_token or parsed.data.token
         push_checkpoint(args.output_dir, args.hub_model_id, token, args.hub_private_repo, args.hub_revision)
 
 

@@ -33,6 +33,7 @@ class BatchPlan(torch.utils.data.Sampler):
         self.ratio = {name: (ratio or {}).get(name, 1) for name in self.sizes}
         self.anchor = next(iter(self.sizes))
         self.epoch = 0
+        self.is_finished = False
 
     def set_epoch(self, epoch):
         """Choose the epoch that the next iteration yields."""
@@ -42,7 +43,7 @@ class BatchPlan(torch.utils.data.Sampler):
         return math.ceil(self.sizes[self.anchor] / (self.batch_size * self.world_size))
 
     def __iter__(self):
-        for number in range(len(self)):
+        for number in range(0 if self.is_finished else len(self)):
             yield self.batch(self.epoch, number, self.rank)
 
     def batch(self, epoch, number, rank):

@@ -71,7 +71,9 @@ def canonical_row(row):
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object with named columns, but is {type(row).__name__}")
-    if row.get("messages") is not None:
+    # A table of mixed forms (Parquet, datasets) gives every row all columns, most of them empty.
+    row = {column: value for column, value in row.items() if value is not None}
+    if "messages" in row:
         return {**row, "messages": _messages(row["messages"], "messages")}
     if "question" in row:
         return _question_row(row)
@@ -84,6 +86,18 @@ def canonical_row(row):
         if column in row:
             return {**row, "text": _string(row, column)}
     raise ValueError(f"has the columns {sorted(row)}, but needs {SHAPES}")
+
+
+def form_of(row):
+    """Return which canonical form a checked row has: messages, question, prompt or text, the first that is there."""
+    return next(form for form in ("messages", "question", "prompt", "text") if form in row)
+
+
+def content_of(row):
+    """Return what a checked row says, whatever its other columns, as a string that can be compared."""
+    parts = {"question": ("question", "answer"), "prompt": ("prompt", "completion")}
+    form = form_of(row)
+    return json.dumps([row.get(column) for column in parts.get(form, (form,))])
 
 
 def fingerprint(rows):

@@ -34,7 +34,22 @@ class Source:
         return fingerprint(self.rows)
 
 
-def load_source(spec, max_rows=None, revision=None, seed=0):
+@dataclass(frozen=True)
+class HubOptions:
+    """How the Hub is reached.
+
+    Attributes:
+        revision: branch, tag or commit of the data sets; None is the newest.
+        cache_dir: where downloads are kept.
+        token: access token; None takes the one that you logged in with.
+    """
+
+    revision: str | None = None
+    cache_dir: str | None = None
+    token: str | None = None
+
+
+def load_source(spec, max_rows=None, hub=None, seed=0):
     """Load what `--forget_data`, `--retain_data` or `--holdout_data` names.
 
     Args:
@@ -42,7 +57,7 @@ def load_source(spec, max_rows=None, revision=None, seed=0):
             up to 1 and hold exactly, without repeating a row: the source that runs out first sets the size.
         max_rows: at most that many rows in all (the first ones of each source); None: all rows of a file, the first
             10,000 of a Hub split, which is streamed.
-        revision: of the Hub data sets; None is the newest.
+        hub: HubOptions.
         seed: of the order in which the rows of a mixture are interleaved.
     Returns:
         Source.
@@ -51,8 +66,8 @@ def load_source(spec, max_rows=None, revision=None, seed=0):
     """
     parts = _mixture(spec)
     if parts is None:
-        return _load_one(spec, max_rows, revision)
-    loaded = [(_load_one(name, max_rows, revision), share) for name, share in parts]
+        return _load_one(spec, max_rows, hub)
+    loaded = [(_load_one(name, max_rows, hub), share) for name, share in parts]
     size = min(int(len(source.rows) / share + 1e-9) for source, share in loaded)
     size = min(size, max_rows) if max_rows else size
     rows, origins = [], []
@@ -78,21 +93,20 @@ def _mixture(spec):
     return shares
 
 
-def _load_one(spec, max_rows, revision):
+def _load_one(spec, max_rows, hub):
     if not spec.startswith("hub:"):
         rows, revision = read_rows(spec)[:max_rows], None
     else:
         match = _HUB.match(spec)
         if match is None:
             raise UserError(f"'{spec}' is not of the form hub:owner/name[/config]:split[#column]")
-        rows, revision = hub_rows(
-            match["path"], match["config"], match["split"], match["column"], max_rows or STREAMED_ROWS, revision
-        )
+        limit = max_rows or STREAMED_ROWS
+        rows, revision = hub_rows(match["path"], match["config"], match["split"], match["column"], limit, hub)
     origin = {"source": spec, "revision": revision, "share": 1.0, "rows": len(rows), "sha256": fingerprint(rows)}
     return Source(rows, [origin])
 
 
-def hub_rows(path, config, split, column=None, max_rows=None, revision=None, cache_dir=None):
+def hub_rows(path, config, split, column=None, max_rows=None, hub=None):
     """Read a split from the Hub, streamed where only its first rows are asked for.
 
     Args:
@@ -101,8 +115,7 @@ def hub_rows(path, config, split, column=None, max_rows=None, revision=None, cac
         split: its split.
         column: the column that holds the text; None reads the columns by their names.
         max_rows: at most that many rows, streamed; None downloads the split.
-        revision: branch, tag or commit; None is the newest.
-        cache_dir: where downloads are kept.
+        hub: HubOptions.
     Returns:
         (rows, commit hash that was read).
     Raises:
@@ -111,11 +124,18 @@ def hub_rows(path, config, split, column=None, max_rows=None, revision=None, cac
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
+    hub = hub or HubOptions()
     name = f"hub:{path}{'/' + config if config else ''}:{split}"
     try:
-        commit = HfApi().dataset_info(path, revision=revision).sha
+        commit = HfApi(token=hub.token).dataset_info(path, revision=hub.revision).sha
         data = load_dataset(
-            path, config, split=split, revision=commit, streaming=max_rows is not None, cache_dir=cache_dir
+            path,
+            config,
+            split=split,
+            revision=commit,
+            streaming=max_rows is not None,
+            cache_dir=hub.cache_dir,
+            token=hub.token,
         )
         rows = list(data.take(max_rows)) if max_rows is not None else list(data)
     except Exception as error:  # the Hub client raises a dozen types; each means that the rows cannot be had

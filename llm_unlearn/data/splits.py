@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_unlearn.data.rows import SUFFIXES, fingerprint, read_rows
-from llm_unlearn.data.sources import Source, hub_rows, load_source
-from llm_unlearn.errors import UserError, unknown_name
+from llm_unlearn.data.sources import HubOptions, Source, hub_rows, load_source
+from llm_unlearn.errors import MissingSplitError, UserError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,9 @@ def load_split(name, data_args):
     """
     given = getattr(data_args, f"{name}_data", None)
     limit = data_args.max_train_samples
+    hub = HubOptions(data_args.dataset_revision, data_args.cache_dir, data_args.token)
     if given:
-        return load_source(given, limit, data_args.dataset_revision)
+        return load_source(given, limit, hub)
     if data_args.domain == "demo":
         return _demo_split(name, data_args, limit)
     splits = DOMAINS[data_args.domain]
@@ -123,20 +124,13 @@ def load_split(name, data_args):
     if data_args.data_dir:
         return _local(split, data_args, limit)
     if split.hub is None:
-        raise UserError(
+        raise MissingSplitError(
             f"{split.config}/{split.split} was never published; pass --data_dir DIR with "
             f"{' or '.join(split.local_names())}.jsonl, or --{name}_data FILE"
         )
     config = None if split.hub == "cais/wmdp-bio-forget-corpus" else split.config
-    rows, commit = hub_rows(
-        split.hub, config, split.split, None, limit, data_args.dataset_revision, data_args.cache_dir
-    )
+    rows, commit = hub_rows(split.hub, config, split.split, None, limit, hub)
     return _source(f"hub:{split.hub}/{split.config}:{split.split}", rows, commit)
-
-
-def kind_of(rows):
-    """Return "qa" where rows have a prompt and an answer, "text" otherwise; a mixture counts as text."""
-    return "text" if any("text" in row for row in rows) else "qa"
 
 
 def _resolve(name, split, data_args):
@@ -164,7 +158,7 @@ def _local(split, data_args, limit):
             if path.is_file():
                 return _source(str(path), read_rows(path)[:limit], None)
     wanted = " or ".join(f"{name}.{{jsonl,json,csv,parquet}}" for name in split.local_names())
-    raise UserError(f"--data_dir '{folder}' has no {wanted}")
+    raise MissingSplitError(f"--data_dir '{folder}' has no {wanted}")
 
 
 def _demo_split(name, data_args, limit):

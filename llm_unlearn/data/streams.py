@@ -1,9 +1,12 @@
 """Streams of tokenized rows, and the batches made of them."""
 # Shapes: B sequences, T tokens.
 
+import functools
+
 import torch
 
 from llm_unlearn.data.plan import FILLER
+from llm_unlearn.data.rows import fingerprint
 from llm_unlearn.data.tokenize import IGNORED, TokenizeOptions, tokenize_rows
 
 UnlearnBatch = dict[str, dict[str, torch.Tensor]]
@@ -45,6 +48,14 @@ class UnlearnDataset(torch.utils.data.Dataset):
         """{stream: number of tokens that count}."""
         return {
             name: sum(label != IGNORED for row in rows for label in row["labels"][1:])
+            for name, rows in self.streams.items()
+        }
+
+    @functools.cached_property
+    def fingerprints(self):
+        """{stream: sha256 of its token ids and labels, in order}."""
+        return {
+            name: fingerprint([[row["input_ids"], row["labels"]] for row in rows])
             for name, rows in self.streams.items()
         }
 

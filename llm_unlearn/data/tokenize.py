@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+from llm_unlearn.data.rows import form_of
 from llm_unlearn.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -65,12 +66,12 @@ def tokenize_rows(rows, tokenizer, options, name="data"):
     for row in rows:
         if row.get("input_ids") is not None:
             made = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])}]
-        elif "text" in row:
+        elif form_of(row) == "text":
             made = _chunks(row["text"], tokenizer, options.length("text"))
         else:
             made = [_answer_example(row, tokenizer, options)]
         counted = [example for example in made if any(label != IGNORED for label in example["labels"][1:])]
-        cut += not counted and "text" not in row
+        cut += not counted and row.get("input_ids") is None and form_of(row) != "text"
         examples += counted
     _report(name, rows, examples, cut, options)
     return examples
@@ -125,13 +126,13 @@ def _answer_example(row, tokenizer, options):
 def _render(row, tokenizer, options):
     """Return (text, character spans that count, whether a chat template made it)."""
     chat = tokenizer.chat_template is not None
-    if "messages" in row:
+    if form_of(row) == "messages":
         if not chat:
             raise UserError(
                 "the rows hold messages, but the tokenizer has no chat template; pass question, answer rows"
             )
         return (*_render_chat(row["messages"], tokenizer), True)
-    if "prompt" in row:
+    if form_of(row) == "prompt":
         text = row["prompt"] + row["completion"]
         return text, [(len(row["prompt"]), len(text))], False
     if chat and options.question_template is None:

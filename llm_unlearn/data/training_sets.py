@@ -3,10 +3,11 @@
 import dataclasses
 import logging
 
+from llm_unlearn.data.rows import content_of
 from llm_unlearn.data.splits import load_split
 from llm_unlearn.data.streams import UnlearnDataset
 from llm_unlearn.data.tokenized_cache import find_cached
-from llm_unlearn.errors import UserError
+from llm_unlearn.errors import MissingSplitError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def training_sets(parsed, tokenizer):
     needed = trainer.streams_for(args)
     sources = {}
     for name in (*needed, *trainer.optional_streams):
-        source = load_split(*_place(name, args, data))
+        source = _load(name, args, data, name in needed)
         if source is None and name in needed:
             raise UserError(missing_set(name, parsed))
         if source is not None:
@@ -48,6 +49,17 @@ def missing_set(name, parsed):
     return f"{method} needs a {name} set, but domain '{domain}' was given none; pass --{name}_data FILE"
 
 
+def _load(name, args, data, is_needed):
+    """Load a set, or return None where there is none; one that is not needed may be missing from its folder."""
+    try:
+        return load_split(*_place(name, args, data))
+    except MissingSplitError as error:
+        if is_needed:
+            raise
+        logger.warning("going on without the %s set: %s", name, error)
+        return None
+
+
 def _place(name, args, data):
     """Return (split, DataFlags) of a set; `--general True` takes the retain set of the general domain."""
     if name != "retain" or not getattr(args, "general", False) or data.retain_data:
@@ -60,11 +72,7 @@ def _evaluation_sets(sources, args, data):
     for name in ("forget", "retain", "holdout"):
         if name in sets:
             continue
-        try:
-            source = load_split(name, data)
-        except UserError as error:
-            logger.warning("evaluation leaves out the %s set: %s", name, error)
-            continue
+        source = _load(name, args, data, is_needed=False)
         if source is not None:
             sets[name] = source.rows
     return {name: rows[: data.max_eval_samples] for name, rows in sets.items()}
@@ -73,10 +81,7 @@ def _evaluation_sets(sources, args, data):
 def _warn_of_overlap(sources):
     if not {"forget", "retain"} <= set(sources):
         return
-    keys = [
-        {str(row.get("text") or (row.get("question"), row.get("answer"))) for row in sources[name].rows}
-        for name in ("forget", "retain")
-    ]
+    keys = [{content_of(row) for row in sources[name].rows} for name in ("forget", "retain")]
     shared = len(keys[0] & keys[1])
     if shared:
         logger.warning(

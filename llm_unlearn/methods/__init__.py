@@ -40,7 +40,7 @@ def trainer_class(method):
 
     try:
         found = getattr(importlib.import_module(module), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--unlearn_method '{method}' cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, UnlearnTrainer)):
         raise UserError(f"--unlearn_method '{method}' is not a subclass of llm_unlearn.UnlearnTrainer")
@@ -69,8 +69,6 @@ def _fields(arguments, classes):
         if isinstance(base, ast.Name) and base.id in classes:
             found.update(_fields(classes[base.id], classes))
     for node in arguments.body:
-        if isinstance(node, ast.AnnAssign):
-            texts = [kw.value for call in ast.walk(node) if isinstance(call, ast.Call) for kw in call.keywords]
-            texts = [ast.literal_eval(text) for text in texts if isinstance(text, ast.Dict)]
-            found[node.target.id] = next((text["help"] for text in texts if "help" in text), "")
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and len(node.value.args) > 1:
+            found[node.target.id] = ast.literal_eval(node.value.args[1])
     return found

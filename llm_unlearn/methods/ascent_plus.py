@@ -59,7 +59,7 @@ class AscentPlusDescentTrainer(UnlearnTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Average over the forget and retain sequences of the step together."""
         outputs = self.forward(model, inputs)
-        values = {name: sequence_mean_nll(output.logps, output.mask) for name, output in outputs.items()}
+        values = {name: sequence_mean_nll(out.logps, out.mask, out.weights) for name, out in outputs.items()}
         terms = {**values, "forget": -values["forget"]}
         return self.total_loss(terms, outputs, return_outputs, num_items_in_batch)
 

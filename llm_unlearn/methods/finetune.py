@@ -5,7 +5,10 @@ from llm_unlearn.trainer import UnlearnTrainer
 
 
 class FinetuneTrainer(UnlearnTrainer):
-    """Make a target model: train on the forget set, and on the retain set where one is given, as one set."""
+    """Make a target model: train on the forget set, and on the retain set where one is given, as one set.
+
+    Source: the target models of TOFU, Maini et al. 2024, arXiv:2401.06121.
+    """
 
     optional_streams = ("retain",)
 

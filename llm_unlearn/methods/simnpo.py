@@ -20,6 +20,8 @@ class SimNPOArguments(RetainArguments):
     def __post_init__(self):
         if not self.beta > 0:
             raise UserError(f"--beta must be > 0, but is {self.beta}")
+        if self.delta < 0:
+            raise UserError(f"--delta must be >= 0, but is {self.delta}")
         super().__post_init__()
 
 

@@ -69,4 +69,4 @@ def gumbel_noise(shape, seed):
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
     uniform = torch.rand(shape, generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
-    return -torch.log(-torch.log(uniform).clamp(min=torch.finfo(torch.float32).tiny))
+    return -torch.log((-torch.log(uniform)).clamp_(min=torch.finfo(torch.float32).tiny))

@@ -34,7 +34,7 @@ def ascent(logps):
     return logps
 
 
-def sequence_mean_nll(logps, mask):
+def sequence_mean_nll(logps, mask, weights=None):
     """Mean negative log-likelihood of each sequence, so that long and short sequences weigh the same.
 
         L_i = -(1 / n_i) * sum_t m_it * log p(x_it | x_i,<t),   n_i = sum_t m_it
@@ -42,11 +42,15 @@ def sequence_mean_nll(logps, mask):
     Args:
         logps: (B, T) log-probability of each token, nats; 0 where a token does not count.
         mask: (B, T) bool, True where a token counts. A row without any (a filler row) gives 0, never NaN.
+        weights: (B, T) token weights, or None where all are 1.
     Returns:
         (B,) one loss per sequence, nats, >= 0.
     Source: Yao et al. 2024, arXiv:2402.15159, the published trainer of GA + descent.
     """
-    return -logps.sum(-1) / mask.sum(-1).clamp(min=1)
+    if weights is None:
+        return -logps.sum(-1) / mask.sum(-1).clamp(min=1)
+    total = (mask * weights).sum(-1)
+    return -(logps * weights).sum(-1) / torch.where(total > 0, total, torch.ones_like(total))
 
 
 def kl_divergence(logits, ref_logits):
