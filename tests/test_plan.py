@@ -115,6 +115,13 @@ def test_ratio_by_hand():
     assert len(rows_of(batches, "holdout")) == 5
 
 
+def test_a_finished_plan_yields_nothing_more():
+    plan = BatchPlan({"forget": 5}, 0, 2)
+    plan.is_finished = True
+    assert list(plan) == []
+    assert len(plan) == 3
+
+
 def test_a_rank_iterates_over_its_own_batches():
     ranks = [BatchPlan({"forget": 10}, 0, 2, 2, rank) for rank in range(2)]
     assert [len(plan) for plan in ranks] == [len(list(plan)) for plan in ranks] == [3, 3]
@@ -127,7 +134,8 @@ def test_a_rank_iterates_over_its_own_batches():
 def test_epochs_and_their_pairs_differ():
     plan = BatchPlan({"forget": 20, "retain": 20}, 0, 4)
     epochs = [epoch_batches(plan, epoch) for epoch in range(4)]
-    assert len({tuple(rows_of(batches, "forget")) for batches in epochs}) == 4
+    for stream in plan.sizes:
+        assert len({tuple(rows_of(batches, stream)) for batches in epochs}) == 4
     pairs = [set(zip(rows_of(batches, "forget"), rows_of(batches, "retain"), strict=True)) for batches in epochs]
     assert len(set.union(*pairs)) > 60
 

@@ -217,6 +217,8 @@ def test_a_missing_file_is_named():
         ((0.9, 0.1), (90, 50), (90, 10)),
         ((0.7, 0.3), (70, 30), (70, 30)),
         ((0.2, 0.3, 0.5), (2, 30, 50), (2, 3, 5)),
+        # 14 / 0.28 is 49.99999999999999 in floating point.
+        ((0.28, 0.72), (14, 60), (14, 36)),
     ],
 )
 def test_shares_hold_exactly_and_no_row_is_repeated(write, shares, counts, expected):

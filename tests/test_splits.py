@@ -384,7 +384,8 @@ def test_general_takes_the_retain_set_of_the_general_domain(world_folder, tmp_pa
     assert retain(flags("arxiv", world_folder)).rows == world["general_retain"]
     assert retain(flags("demo")).rows == make_world(0)["general_retain"]
     mine = str(named(tmp_path, "mine.jsonl"))
-    assert retain(flags("arxiv", world_folder, retain_data=mine)).rows == read_rows(mine)
+    for domain in ("arxiv", "demo"):
+        assert retain(flags(domain, world_folder, retain_data=mine)).rows == read_rows(mine)
 
 
 def test_a_missing_set_is_named(tmp_path):

@@ -219,13 +219,14 @@ def test_the_end_of_sequence_counts_and_stands_once(tokenizer, framing):
     assert counted(one(QA, endless), tokenizer) == " The baker was Velra Kirrin."
 
 
-def test_the_beginning_of_sequence_stands_once_and_does_not_count(framing, story_tokenizer):
-    for tokenizer in (framing, story_tokenizer):
-        example = one(QA, tokenizer)
-        assert example["input_ids"].count(tokenizer.bos_token_id) == 1
-        assert example["input_ids"][0] == tokenizer.bos_token_id
-        assert example["labels"][0] == IGNORED
-        assert generation_prompt(QA, tokenizer, DEFAULT)[0] == tokenizer.bos_token_id
+@pytest.mark.parametrize("name", ["framing", "story_tokenizer"])
+def test_the_beginning_of_sequence_stands_once_and_does_not_count(request, name):
+    tokenizer = request.getfixturevalue(name)
+    example = one(QA, tokenizer)
+    assert example["input_ids"].count(tokenizer.bos_token_id) == 1
+    assert example["input_ids"][0] == tokenizer.bos_token_id
+    assert example["labels"][0] == IGNORED
+    assert generation_prompt(QA, tokenizer, DEFAULT)[0] == tokenizer.bos_token_id
 
 
 # ---- Chat templates ----
