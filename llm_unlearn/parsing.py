@@ -1,5 +1,6 @@
 """The command line: the method first, then only that method's flags, with the ACL 2024 names folded in."""
 
+import argparse
 import json
 import sys
 from dataclasses import dataclass, make_dataclass
@@ -204,7 +205,8 @@ def _parser(args_class, method):
 
     model_class = make_dataclass("ModelArguments", [], bases=(ModelFlags, ModelConfig))
     parser = Parser([RunFlags, DataFlags, model_class, args_class], allow_abbrev=False, prog="run_unlearn.py")
-    parser.add_argument("--ignored", nargs="?", help="(takes the place of a published flag that changes nothing)")
+    # Takes the place, and the value, of a published flag that changes nothing.
+    parser.add_argument("--ignored", nargs="?", help=argparse.SUPPRESS)
     return parser
 
 

@@ -85,6 +85,15 @@ def test_padding_changes_nothing(tiny_world, start_weights, tmp_path, monkeypatc
         assert update_distance(padded[1], plain[1], start_weights) <= UPDATE_TOLERANCE
 
 
+def test_worker_processes_change_nothing(tiny_world, tmp_path):
+    """Two epochs, because the epoch is set on the plan in this process and the workers are started anew."""
+    shapes, epochs = {"1x4": (4, 1)}, ["--num_train_epochs", "2"]
+    plain = runs(tiny_world, "npo", tmp_path / "plain", *epochs, shapes=shapes)["1x4"]
+    workers = [*epochs, "--dataloader_num_workers", "2"]
+    worked = runs(tiny_world, "npo", tmp_path / "workers", *workers, shapes=shapes)["1x4"]
+    assert worked[0] == plain[0]
+
+
 def base_weights(world):
     """The untrained tensors from which finetune and retrain start."""
     return weights(world["base"])

@@ -2,7 +2,9 @@
 
 import csv
 import hashlib
+import io
 import json
+import re
 from pathlib import Path
 
 from llm_unlearn.errors import UserError
@@ -71,6 +73,8 @@ def canonical_row(row):
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object with named columns, but is {type(row).__name__}")
+    if None in row:
+        raise ValueError("has more cells than the first line has columns")
     # A table of mixed forms (Parquet, datasets) gives every row all columns, most of them empty.
     row = {column: value for column, value in row.items() if value is not None}
     if "messages" in row:
@@ -124,10 +128,10 @@ def _question_row(row):
         return {**row, "question": _string(row, "question"), "answer": _string(row, "answer")}
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
         raise ValueError("'choices' must be a list of non-empty texts")
-    try:
-        index = int(row.get("answer_index", row.get("answer")))
-    except (TypeError, ValueError):
-        raise ValueError(f"'answer' must be the number of a choice, but is {row.get('answer')!r}") from None
+    number = str(row.get("answer_index", row.get("answer")))
+    if not re.fullmatch(r"\s*-?\d+(\.0+)?\s*", number):
+        raise ValueError(f"'answer' must be the number of a choice, but is {row.get('answer')!r}")
+    index = int(float(number))
     if not 0 <= index < len(choices):
         raise ValueError(f"'answer' is {index}, but there are {len(choices)} choices (counted from 0)")
     question = _string(row, "question")
@@ -143,7 +147,15 @@ def _string(row, column, shown=None):
         raise ValueError(f"'{shown}' must be text, but is {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"'{shown}' is empty")
+    _require_encodable(value, shown)
     return value
+
+
+def _require_encodable(value, shown):
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"'{shown}' holds half of a surrogate pair, which is no text") from None
 
 
 def _messages(messages, shown):
@@ -154,6 +166,7 @@ def _messages(messages, shown):
             raise ValueError(f"'{shown}' must hold objects with 'role' and 'content'")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"the content of a {message['role']} message must be text")
+        _require_encodable(message["content"], shown)
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise ValueError(f"'{shown}' holds no assistant message to learn from")
     return messages
@@ -178,7 +191,11 @@ def _read_json(path):
 
 
 def _read_csv(path):
-    return list(csv.DictReader(_decode(path).splitlines(keepends=True)))
+    csv.field_size_limit(2**31 - 1)
+    try:
+        return list(csv.DictReader(io.StringIO(_decode(path), newline="")))
+    except csv.Error as error:
+        raise UserError(f"{path} is not a readable CSV file: {error}") from error
 
 
 def _read_parquet(path):
@@ -192,8 +209,9 @@ def _read_parquet(path):
 
 
 def _decode(path):
+    data = path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        row = path.read_bytes()[: error.start].count(b"\n") + 1
+        row = data[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, row {row}: not valid UTF-8 (byte {error.start})") from error

@@ -1,10 +1,10 @@
 """Where rows come from: a file, a split of the Hub, or a mixture of both in given shares."""
 
 import logging
+import os
 import random
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from llm_unlearn.data.rows import check_rows, fingerprint, read_rows
 from llm_unlearn.errors import UserError
@@ -71,18 +71,28 @@ def load_source(spec, max_rows=None, hub=None, seed=0):
     size = min(int(len(source.rows) / share + 1e-9) for source, share in loaded)
     size = min(size, max_rows) if max_rows else size
     rows, origins = [], []
-    for source, share in loaded:
-        taken = source.rows[: round(size * share)]
+    for (source, share), count in zip(loaded, _counts([share for _, share in loaded], size), strict=True):
+        if count == 0:
+            name = source.origins[0]["source"]
+            raise UserError(f"the mixture '{spec}' has no rows of '{name}': a source is smaller than its share allows")
+        taken = source.rows[:count]
         rows += taken
         origins.append({**source.origins[0], "share": share, "rows": len(taken), "sha256": fingerprint(taken)})
-    if not rows:
-        raise UserError(f"the mixture '{spec}' has no rows: a source is smaller than its share allows")
     random.Random(seed).shuffle(rows)
     return Source(rows, origins)
 
 
+def _counts(shares, size):
+    """Split `size` rows by shares: whole parts first, then one more to each largest remainder."""
+    counts = [int(size * share + 1e-9) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda n: counts[n] - size * shares[n])
+    for n in by_remainder[: size - sum(counts)]:
+        counts[n] += 1
+    return counts
+
+
 def _mixture(spec):
-    if Path(spec).exists() or "," not in spec:
+    if os.path.exists(spec) or "," not in spec:
         return None
     parts = [_SHARE.match(part.strip()) for part in spec.split(",")]
     if not all(parts):
@@ -90,6 +100,8 @@ def _mixture(spec):
     shares = [(part["source"], float(part["share"])) for part in parts]
     if abs(sum(share for _, share in shares) - 1) > 1e-6 or any(share <= 0 for _, share in shares):
         raise UserError(f"the shares of '{spec}' must be above 0 and add up to 1")
+    if len({name for name, _ in shares}) < len(shares):
+        raise UserError(f"'{spec}' names a source twice, which would repeat its rows")
     return shares
 
 

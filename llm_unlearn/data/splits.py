@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_unlearn.data.rows import SUFFIXES, fingerprint, read_rows
+from llm_unlearn.data.rows import SUFFIXES, check_rows, fingerprint, read_rows
 from llm_unlearn.data.sources import HubOptions, Source, hub_rows, load_source
 from llm_unlearn.errors import MissingSplitError, UserError, unknown_name
 
@@ -26,7 +26,8 @@ class Split:
 
     def local_names(self):
         """Return the paths, without suffix, under which --data_dir may hold this split, in order of preference."""
-        one_split = self.split in ("train", "test")
+        # A configuration of one split may be one file; verbmem's split has the name of the raw texts'.
+        one_split = self.split in ("train", "test") or self.config == "verbmem"
         return [f"{self.config}/{self.split}", *([self.config] if one_split else [self.split])]
 
 
@@ -165,7 +166,10 @@ def _demo_split(name, data_args, limit):
     from llm_unlearn.data.synthetic import make_world
 
     world = make_world(data_args.demo_seed)
-    return _source(f"demo:{data_args.demo_seed}:{name}", world[name][:limit], None) if name in world else None
+    if name not in world:
+        return None
+    source = f"demo:{data_args.demo_seed}:{name}"
+    return _source(source, check_rows(world[name][:limit], source), None)
 
 
 def _source(name, rows, revision):

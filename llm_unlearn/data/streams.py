@@ -46,6 +46,10 @@ class UnlearnDataset(torch.utils.data.Dataset):
 
     def num_tokens(self):
         """{stream: number of tokens that count}."""
+        return dict(self._tokens)
+
+    @functools.cached_property
+    def _tokens(self):
         return {
             name: sum(label != IGNORED for row in rows for label in row["labels"][1:])
             for name, rows in self.streams.items()

@@ -161,21 +161,31 @@ def _render_chat(messages, tokenizer):
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        through = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        if text.startswith(before) and text.startswith(through):
+        # Templates need not render an empty conversation, nor prefixes alike.
+        before = _rendered_prefix(messages[:number], tokenizer, add_generation_prompt=True)
+        through = _rendered_prefix(messages[: number + 1], tokenizer)
+        if before and text.startswith(before) and text.startswith(through):
             spans.append((len(before), len(through)))
         else:
-            spans.append(_find_content(text, message["content"], spans))
+            spans.append(_find_turn(text, messages, number))
     return text, spans
 
 
-def _find_content(text, content, spans):
-    """Locate a turn by its content where the template does not render prefixes alike; the turn's end marker is lost."""
-    start = text.find(content.strip(), spans[-1][1] if spans else 0)
+def _rendered_prefix(messages, tokenizer, **kwargs):
+    return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs) if messages else ""
+
+
+def _find_turn(text, messages, number):
+    """Locate a turn by its words, behind the words of the turns before it; the turn's end marker is lost."""
+    position = 0
+    for message in messages[:number]:
+        found = text.find(message["content"].strip(), position)
+        position = found + len(message["content"].strip()) if found >= 0 else position
+    content = messages[number]["content"].strip()
+    start = text.find(content, position)
     if start < 0:
         raise UserError("the chat template changes the assistant's words, so that the answer cannot be located")
-    return start, start + len(content.strip())
+    return start, start + len(content)
 
 
 def _encode(text, tokenizer, add_special_tokens):
@@ -183,11 +193,12 @@ def _encode(text, tokenizer, add_special_tokens):
         encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
         return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
     ids = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-    special = set(tokenizer.all_special_ids)
-    offsets, start = [], 0
-    for number in range(len(ids)):
-        kept = [token for token in ids[: number + 1] if token not in special]
-        end = len(tokenizer.decode(kept, clean_up_tokenization_spaces=False))
-        offsets.append((start, end))
-        start = max(start, end)
-    return ids, offsets
+    plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    first = next(n for n in range(len(ids) + 1) if ids[n : n + len(plain)] == plain)
+    offsets, start = [(0, 0)] * first, 0
+    for number in range(len(plain)):
+        decoded = tokenizer.decode(plain[: number + 1], clean_up_tokenization_spaces=False)
+        offsets.append((start, max(start, len(decoded))))
+        # A character of several tokens decodes to a replacement until its last one, and all of them lie on it.
+        start = max(start, len(decoded.rstrip("\ufffd")))
+    return ids, offsets + [(len(text), len(text))] * (len(ids) - len(offsets))

@@ -61,7 +61,11 @@ def cache_key(tokenizer, length, settings, data):
 def tokenizer_sha256(tokenizer):
     """Fingerprint a tokenizer: vocabulary, merges, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    # What the tokenizer was last asked to do, which our calls do not take over.
+    text = json.dumps(
+        {key: part for key, part in parts.items() if key not in ("padding", "truncation")}, sort_keys=True
+    )
     facts = [text, sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items())]
     return hashlib.sha256(json.dumps([*facts, tokenizer.chat_template], default=str).encode()).hexdigest()
 
