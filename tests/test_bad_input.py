@@ -137,3 +137,10 @@ def test_a_failed_push_costs_nothing(tiny_world, tmp_path, capsys, monkeypatch):
     assert main([*words, "--max_steps", "1"]) == 3
     assert "retry with: python utils/push_checkpoint.py" in last_line(capsys)
     assert incompleteness(tmp_path / "out") is None
+
+
+def test_retraining_the_target_is_warned(tiny_world, tmp_path, caplog):
+    words = command(tiny_world, "retrain", tmp_path / "out", "--max_steps", "1")
+    assert main(words) == 0 and "gold model" not in "".join(caplog.messages)
+    words = [word.replace("--model_name_or_path", "--target_model_name_or_path") for word in words]
+    assert main([*words, "--overwrite_output_dir"]) == 0 and "gold model" in "".join(caplog.messages)

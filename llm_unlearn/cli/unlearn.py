@@ -38,6 +38,7 @@ def _main(argv):
         logger.info(note)
     check_trainable(parsed.data.domain)
     start_model(parsed)
+    _warn_of_start(parsed)
     parsed.args.output_dir = output_directory(parsed.method, parsed.args, parsed.model, parsed.data)
     check_output_directory(parsed.args)
     trainer, sources = build_trainer(parsed)
@@ -67,6 +68,15 @@ def start_model(parsed):
     if found is None:
         raise UserError("no model was named; pass --target_model_name_or_path FOLDER_OR_HUB_NAME")
     return found
+
+
+def _warn_of_start(parsed):
+    """A gold model retrained from a model that has seen the forget set is none."""
+    if parsed.method == "retrain" and parsed.model.model_name_or_path is None:
+        logger.warning(
+            "retrain starts from the target model, which has seen the forget set; pass --model_name_or_path with the "
+            "model before that to make a gold model"
+        )
 
 
 def build_trainer(parsed):
