@@ -20,6 +20,10 @@ class UnlearnFlags:
         "Text with {question} and {answer}, used instead of the chat template; default 'Question: {question}\\nAnswer: "
         "{answer}' where the tokenizer has no chat template.",
     )
+    chat_template_kwargs: str | None = flag(
+        None,
+        'JSON object for the chat template, \'{"date_string": "10 Apr 2025"}\' for example; the date is fixed anyway.',
+    )
     overwrite_output_dir: bool = flag(False, "Write into an output directory that is not empty.")
     warmup_ratio: float | None = flag(
         None, "Share of the steps spent warming up, in [0, 1); the older name of a --warmup_steps below 1."

@@ -76,7 +76,7 @@ class WarmupWarning(TrainerCallback):
                 else ("the learning rate never reaches its full value")
             )
             logger.warning(
-                "warm-up takes %d of %d steps, so that %s; pass --warmup_steps 0, fewer "
+                "warm-up takes %d of %d steps, so that %s; pass --warmup_ratio 0, fewer "
                 "--gradient_accumulation_steps or more --num_train_epochs",
                 warmup, state.max_steps, lost,
             )  # fmt: skip

@@ -48,7 +48,8 @@ def run_cli(command):
     try:
         return command() or EXIT_OK
     except (UserError, PushError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        # One line a node: the mistake may lie on one machine only.
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0:
             print(" ".join(str(error).split()), file=sys.stderr, flush=True)
         return EXIT_PUSH_FAILED if isinstance(error, PushError) else EXIT_USER_ERROR
     except KeyboardInterrupt:

@@ -107,7 +107,12 @@ def counts(stream):
 
 def _counts(mask, weights):
     tokens = mask.sum() if weights is None else (mask * weights).sum()
-    return torch.stack([mask.any(-1).sum().double(), tokens.double()])
+    return torch.stack([mask.any(-1).sum(), tokens]).to(wide_dtype(mask.device))
+
+
+def wide_dtype(device):
+    """Return float64, or float32 on Apple's GPUs, which have no wider type."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _scatter(values, mask):

@@ -4,7 +4,7 @@ import logging
 import shlex
 from pathlib import Path
 
-from llm_unlearn.checkpoints import incompleteness
+from llm_unlearn.checkpoints import MANIFEST, incompleteness, listed_files
 from llm_unlearn.errors import PushError, UserError
 
 logger = logging.getLogger(__name__)
@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 
 def push_checkpoint(folder, hub_model_id=None, token=None, private=None, revision=None):
     """Upload a finished checkpoint; a failure costs nothing, the folder stays as it is.
+
+    Only the files of the manifest go, never what else lies in the folder.
 
     Args:
         folder: checkpoint folder with its manifest.
@@ -37,7 +39,7 @@ def push_checkpoint(folder, hub_model_id=None, token=None, private=None, revisio
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=["checkpoint-*", ".saving/*"],
+            repo_id=repository, folder_path=folder, revision=revision, allow_patterns=[MANIFEST, *listed_files(folder)],
             commit_message="Upload unlearned model",
         )  # fmt: skip
     except Exception as error:  # whatever the network raises, the checkpoint is safe and the user can retry

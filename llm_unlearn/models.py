@@ -1,15 +1,20 @@
 """Models and tokenizers: loaded in float32, wrapped with LoRA where asked."""
 
+import dataclasses
+import hashlib
 import logging
-import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llm_unlearn.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+LOADED_WITH = "_loaded_with"
+"""Attribute of a loaded model with the arguments of its from_pretrained, for loading the same one again."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,12 +34,10 @@ def load_model(name, dtype="float32", **kwargs):
     Raises:
         UserError: the model cannot be loaded.
     """
-    if dtype == "bfloat16" and int(os.environ.get("RANK", "0")) == 0:
-        logger.warning(
-            "--dtype bfloat16: weights in bfloat16 silently swallow small updates; --bf16 True computes in bfloat16 on "
-            "float32 weights"
-        )
-    return _load(AutoModelForCausalLM, name, "model", dtype=_DTYPES.get(dtype, dtype), **kwargs)
+    kwargs = {"dtype": _DTYPES.get(dtype, dtype), **kwargs}
+    model = _load(AutoModelForCausalLM, name, "model", **kwargs)
+    setattr(model, LOADED_WITH, {key: value for key, value in kwargs.items() if value is not None})
+    return model
 
 
 def load_tokenizer(name, **kwargs):
@@ -49,6 +52,25 @@ def load_tokenizer(name, **kwargs):
         UserError: the tokenizer cannot be loaded.
     """
     return _load(AutoTokenizer, name, "tokenizer", padding_side="right", **kwargs)
+
+
+def model_fingerprint(name, **kwargs):
+    """Return what tells the weights of two models apart without loading them.
+
+    Args:
+        name: folder or name on the Hub.
+        **kwargs: passed on to from_pretrained.
+    Returns:
+        the commit on the Hub, or the sha256 of a folder's safetensors files.
+    """
+    config = _load(AutoConfig, name, "model", **kwargs)
+    if getattr(config, "_commit_hash", None):
+        return config._commit_hash
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def context_length(name, **kwargs):
@@ -71,7 +93,9 @@ def quantization_config(config):
     Raises:
         UserError: LoRA or quantization flags without --use_peft.
     """
-    given = [name for name in ("load_in_4bit", "load_in_8bit", "lora_target_modules") if getattr(config, name)]
+    adapters = ("lora_", "bnb_", "use_rslora", "use_dora", "use_bnb", "load_in_")
+    fields = [field for field in dataclasses.fields(config) if field.name.startswith(adapters)]
+    given = [field.name for field in fields if getattr(config, field.name) != field.default]
     if given and not config.use_peft:
         raise UserError(f"--{given[0]} has no effect without --use_peft")
     from trl import get_quantization_config
@@ -123,6 +147,6 @@ def _load(auto_class, name, what, **kwargs):
         raise UserError(f"the {what} folder '{name}' does not exist")
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise UserError(f"the {what} '{name}' cannot be loaded: {first_line}") from error

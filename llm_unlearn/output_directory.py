@@ -48,17 +48,24 @@ def legacy_prefix(method, args):
     return f"random_label-top_k{args.top_k}" + ("" if args.top_p == 1 else f"_top_p{args.top_p}")
 
 
-def check_output_directory(args):
+def check_output_directory(args, start=None):
     """Refuse a directory that holds something, before anything is created; the first process of the run looks.
 
+    Args:
+        args: the method's arguments.
+        start: folder or Hub name of the model that the run starts from.
     Raises:
-        UserError: not a folder, not writable, or not empty without --overwrite_output_dir or a resume.
+        UserError: the model that the run starts from would be overwritten; not a folder, not writable, or not empty without --overwrite_output_dir or a resume.
     """
     if int(os.environ.get("RANK", "0")) != 0:
         return
     path = Path(args.output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir '{path}' is a file")
+    if start and Path(start).is_dir() and path.resolve() in (Path(start).resolve(), *Path(start).resolve().parents):
+        raise UserError(
+            f"--output_dir '{path}' is, or holds, the model '{start}' that the run starts from; pass another"
+        )
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK):
         raise UserError(f"--output_dir '{path}' cannot be written")

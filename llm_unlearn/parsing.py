@@ -11,6 +11,8 @@ from llm_unlearn.data.splits import domain_names
 from llm_unlearn.errors import UserError, unknown_name
 from llm_unlearn.methods import METHODS, describe, trainer_class
 
+_RIVALS = (("warmup_ratio", "warmup_steps"), ("positive_factor", "retain_weight"))
+
 
 @dataclass
 class Parsed:
@@ -25,6 +27,7 @@ class Parsed:
         words: the command line as it was given.
         notes: sentences to log about flags that changed nothing.
         context_length: tokens that the model reads at most; filled in when its config is read.
+        fingerprint: function that returns the start model's fingerprint; filled in with it.
     """
 
     method: str
@@ -35,6 +38,7 @@ class Parsed:
     words: list
     notes: list
     context_length: int | None = None
+    fingerprint: object = None
 
 
 def parse(argv):
@@ -60,7 +64,7 @@ def parse(argv):
         raise UserError(f"--unlearn_method is missing; known: {', '.join(METHODS)}")
     trainer = trainer_class(method)
     parser = _parser(trainer.args_class, method)
-    words = [*_config_words(config, parser, method), *argv]
+    words = [*_config_words(_without_rivals(config, argv), parser, method), *argv]
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         return None
@@ -181,7 +185,10 @@ def _method(argv, config):
 
 
 def _parser(args_class, method):
-    from trl import ModelConfig, TrlParser
+    try:
+        from trl import ModelConfig, TrlParser
+    except ImportError as error:
+        raise UserError(f"run_unlearn.py needs the package trl, which cannot be imported: {error}") from error
 
     class Parser(TrlParser):
         """TRL's parser, whose errors are one sentence."""
@@ -218,6 +225,13 @@ def _does_not_apply(flag, parser, method):
         return UserError(f"{flag} does not apply to {method}; it is a flag of {', '.join(owners)}")
     error = unknown_name("flag", flag, sorted(known))
     return UserError(str(error).split(" Known:")[0] + f" (run_unlearn.py --unlearn_method {method} --help lists all)")
+
+
+def _without_rivals(config, argv):
+    """Leave out of a config what the command line says under its other name."""
+    typed = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    rivals = {name for pair in _RIVALS for name in pair if set(pair) & typed}
+    return {name: value for name, value in config.items() if name not in rivals or name in typed}
 
 
 def _own_flags(method):

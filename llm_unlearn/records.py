@@ -13,12 +13,23 @@ import llm_unlearn
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "trl", "safetensors")
 
+_UNLEARNED = """This checkpoint was made by `llm_unlearn` with the method `{method}`: the model `{start_model}` was
+trained to forget the forget set below. Whether it really did is what an evaluation, a membership-inference attack and a
+relearning attack must tell; this card does not claim it."""
+_DONE = {
+    "finetune": """This checkpoint was made by `llm_unlearn`: the model `{start_model}` was trained on the sets below, to
+be a target model for unlearning.""",
+    "retrain": """This checkpoint was made by `llm_unlearn`: the model `{start_model}` was trained on the retain set
+below alone, to be the gold model that unlearned ones are compared with.""",
+}
 
-def run_record(parsed, trainer, sources, seconds):
+
+def run_record(parsed, start_model, trainer, sources, seconds):
     """Collect everything that is needed to repeat or to compare a run.
 
     Args:
         parsed: Parsed command line.
+        start_model: folder or Hub name of the model that the run started from.
         trainer: UnlearnTrainer after training.
         sources: {stream: Source} as loaded.
         seconds: wall time of training.
@@ -32,7 +43,7 @@ def run_record(parsed, trainer, sources, seconds):
         "kind": "unlearning",
         "method": parsed.method,
         "trainer": f"{type(trainer).__module__}:{type(trainer).__name__}",
-        "target_model": parsed.model.target_model_name_or_path or parsed.model.model_name_or_path,
+        "start_model": start_model,
         "command": command_line(parsed.words),
         "flags": {
             "unlearn_method": parsed.method,
@@ -100,11 +111,9 @@ def model_card(record):
 {data.to_yaml()}
 ---
 
-# {record["method"]} of {record["target_model"]}
+# {record["method"]} of {record["start_model"]}
 
-This checkpoint was made by `llm_unlearn` with the method `{record["method"]}`: the model `{record["target_model"]}` was
-trained to forget the forget set below. Whether it really did is what an evaluation, a membership-inference attack and a
-relearning attack must tell; this card does not claim it.
+{_DONE.get(record["method"], _UNLEARNED).format(**record)}
 
 | stream | sequences | tokens that count |
 | --- | --- | --- |

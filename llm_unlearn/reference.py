@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from llm_unlearn.head import concatenate, split_outputs
+from llm_unlearn.models import LOADED_WITH
 
 
 class Reference:
@@ -23,6 +24,7 @@ class Reference:
         self.trainer = trainer
         self.adapter_off = is_peft(trainer.model)
         self.model = None if self.adapter_off else _frozen_copy(trainer)
+        self.is_plain_module = not self.adapter_off and trainer.zero_stage() != 3
 
     def __call__(self, inputs, streams, keep_logits=()):
         """Score streams under the reference.
@@ -40,7 +42,7 @@ class Reference:
     @torch.no_grad()
     def logits(self, input_ids, attention_mask):
         """Return the reference's logits (B, T, V) for (B, T) ids, with dropout off."""
-        with self._running() as model, self.trainer.autocast(self.model is not None):
+        with self._running() as model, self.trainer.reference_autocast(self.is_plain_module):
             return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     @contextlib.contextmanager
@@ -69,7 +71,8 @@ def _frozen_copy(trainer):
     if zero_stage == 3:
         # A partitioned model cannot be copied; from_pretrained partitions again, all ranks together.
         source = trainer.model
-        model = type(source).from_pretrained(source.config._name_or_path, dtype=source.dtype)
+        how = getattr(source, LOADED_WITH, {"dtype": source.dtype})
+        model = type(source).from_pretrained(source.config._name_or_path, **how)
     else:
         model = copy.deepcopy(trainer.model)
     model.requires_grad_(False)

@@ -3,6 +3,7 @@
 
 import contextlib
 import logging
+import os
 
 import torch
 from accelerate.utils import DistributedType
@@ -12,10 +13,9 @@ from llm_unlearn.checkpoints import CheckpointedTrainer
 from llm_unlearn.data.plan import BatchPlan
 from llm_unlearn.data.rows import check_rows, read_rows
 from llm_unlearn.data.streams import UnlearnCollator, UnlearnDataset, pad_id
-from llm_unlearn.data.tokenize import TokenizeOptions
 from llm_unlearn.errors import NonFiniteError, UserError
 from llm_unlearn.evaluation.likelihood import stream_likelihoods
-from llm_unlearn.head import concatenate, counts, split_outputs
+from llm_unlearn.head import concatenate, counts, split_outputs, wide_dtype
 from llm_unlearn.objectives.likelihood import nll
 from llm_unlearn.reference import Reference
 from llm_unlearn.training_arguments import UnlearnArguments
@@ -66,9 +66,8 @@ class UnlearnTrainer(CheckpointedTrainer):
             from llm_unlearn.models import load_model
 
             model = load_model(model)
-        self.tokenize_options = TokenizeOptions(
-            args.max_length, args.question_template, getattr(model.config, "max_position_embeddings", None)
-        )
+        _warn_of_low_precision(model)
+        self.tokenize_options = args.tokenize_options(getattr(model.config, "max_position_embeddings", None))
         super().__init__(
             model=model,
             args=args,
@@ -124,8 +123,7 @@ class UnlearnTrainer(CheckpointedTrainer):
         if getattr(self.args, "retain_loss", None) == "kl" and "retain" in streams:
             keep_logits = {*keep_logits, "retain"}
         input_ids, attention_mask = concatenate(inputs, streams, self.data_collator.pad_token_id)
-        with self.autocast():
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return split_outputs(logits, inputs, streams, keep_logits)
 
     def reference(self, inputs, streams=("forget",), keep_logits=()):
@@ -175,6 +173,8 @@ class UnlearnTrainer(CheckpointedTrainer):
     def get_train_dataloader(self):
         """Return the loader over the plan of batches, which is cut by rank already and not to be prepared."""
         args = self.args
+        if self.train_dataset is None:
+            raise UserError(f"{type(self).__name__} was given no train_dataset")
         self.plan = BatchPlan(
             self.train_dataset.sizes,
             args.data_seed if args.data_seed is not None else args.seed,
@@ -188,6 +188,7 @@ class UnlearnTrainer(CheckpointedTrainer):
             batch_sampler=self.plan,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
             # The epoch is set on the plan in this process, which kept workers would not see.
             persistent_workers=False,
@@ -200,7 +201,7 @@ class UnlearnTrainer(CheckpointedTrainer):
             return batches, None
         names = list(batches[0])
         local = torch.stack([sum(counts(batch[name]) for batch in batches) for name in names])
-        local = local.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        local = local.to(device, wide_dtype(device))
         summed = self.accelerator.reduce(local, "sum")
         return batches, dict(zip(names, summed.clamp(min=1), strict=True))
 
@@ -255,12 +256,14 @@ class UnlearnTrainer(CheckpointedTrainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         return plugin is not None and plugin.fsdp_version == 2
 
-    def autocast(self, is_unwrapped=False):
-        """Return the context in which a forward runs; accelerate's wrapped model brings its own, DeepSpeed's none."""
+    def reference_autocast(self, is_plain_module):
+        """Return the context of a reference forward; wrapped models and DeepSpeed engines bring their own."""
+        if not is_plain_module:
+            return contextlib.nullcontext()
         if self.args.autocast_in_forward:
             return torch.autocast(self.args.device.type, torch.bfloat16)
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        return self.accelerator.autocast() if is_unwrapped and not is_deepspeed else contextlib.nullcontext()
+        return contextlib.nullcontext() if is_deepspeed else self.accelerator.autocast()
 
     # ---- Private ----
 
@@ -286,11 +289,21 @@ class UnlearnTrainer(CheckpointedTrainer):
 
     def _log_term(self, name, value, standalone):
         if not standalone and self.model.training:
-            self._term_sums[name] = self._term_sums.get(name, 0.0) + value.double()
+            self._term_sums[name] = self._term_sums.get(name, 0.0) + value.to(wide_dtype(value.device))
 
     def _require_finite(self, loss):
         if not torch.isfinite(self.accelerator.reduce(loss.detach().clone(), "sum")):
             raise NonFiniteError(self.non_finite_message("the loss"))
+
+
+def _warn_of_low_precision(model):
+    low = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if low and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
+            "the trained weights are in %s, which silently swallows small updates; load them in float32, "
+            "and compute in bfloat16 with --bf16 True",
+            " and ".join(str(dtype).removeprefix("torch.") for dtype in low),
+        )
 
 
 def _by_stream(data):
@@ -298,7 +311,7 @@ def _by_stream(data):
 
 
 def _as_rows(data, name):
-    if isinstance(data, str):
+    if isinstance(data, (str, os.PathLike)):
         return read_rows(data)
     return check_rows((dict(row) for row in data), f"the {name} set")
 

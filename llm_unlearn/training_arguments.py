@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 
 from llm_unlearn.arguments import UnlearnFlags, flag
+from llm_unlearn.data.tokenize import TokenizeOptions
 from llm_unlearn.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ _FSDP_WORDS = {
 _WITHOUT_EFFECT = {
     "label_smoothing_factor": "the methods define their own losses",
     "dataloader_drop_last": "the last batch is filled with rows of weight zero",
+    "train_sampling_strategy": "the plan of batches draws a seeded permutation",
     "auto_find_batch_size": "the plan of batches is fixed before training; pass --per_device_train_batch_size",
     "hub_strategy": "the Trainer never pushes; --push_to_hub uploads once, after everything is on disk",
     "hub_always_push": "the Trainer never pushes; --push_to_hub uploads once, after everything is on disk",
@@ -45,6 +47,8 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
     """
 
     logging_steps: float = flag(1, "Log every this many steps, or every this share of them below 1.")
+
+    warmup_steps: float | None = flag(None, "Steps spent warming up, or their share below 1; default 0.")
 
     def __post_init__(self):
         self._refuse_without_effect()
@@ -75,8 +79,10 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, but is {getattr(self, name)}")
         for name in ("forget_weight", "retain_weight"):
-            if not math.isfinite(getattr(self, name, 1.0)):
-                raise UserError(f"--{name} must be finite, but is {getattr(self, name)}")
+            if not 0 <= getattr(self, name, 1.0) < math.inf:
+                raise UserError(f"--{name} must be at least 0, and finite, but is {getattr(self, name)}")
+        if self.seed < 0:
+            raise UserError(f"--seed must not be negative, but is {self.seed}")
         if self.max_length is not None and self.max_length < 1:
             raise UserError(f"--max_length must be at least 1, but is {self.max_length}")
         if self.num_train_epochs <= 0 and self.max_steps < 0:
@@ -84,12 +90,27 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
         if self.max_steps == 0:
             raise UserError("--max_steps 0 would train nothing; pass a positive number, or leave it out")
 
+    def tokenize_options(self, model_length):
+        """Return how rows become tokens under these arguments.
+
+        Args:
+            model_length: the model's context in tokens, or None.
+        Raises:
+            UserError: chat_template_kwargs that are no JSON object.
+        """
+        kwargs = self.chat_template_kwargs
+        kwargs = _load_config(kwargs) if isinstance(kwargs, str) else kwargs or {}
+        if not isinstance(kwargs, dict):
+            raise UserError(f"--chat_template_kwargs must be a JSON object, but is {self.chat_template_kwargs!r}")
+        return TokenizeOptions(self.max_length, self.question_template, model_length, tuple(kwargs.items()))
+
     def _fold_warmup(self):
         if self.warmup_ratio is None:
+            self.warmup_steps = self.warmup_steps or 0
             return
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"--warmup_ratio must lie in [0, 1), but is {self.warmup_ratio}")
-        if self.warmup_steps and self.warmup_steps != self.warmup_ratio:
+        if self.warmup_steps not in (None, self.warmup_ratio):
             raise UserError("--warmup_ratio and --warmup_steps contradict each other; pass one of them")
         self.warmup_steps = self.warmup_ratio
 
@@ -148,7 +169,9 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
         self.deepspeed = config
         own_bf16 = self.bf16 and str(config.get("bf16", {}).get("enabled", "auto")).lower() != "true"
         if own_bf16:
-            # The engine's own bf16 mode writes bfloat16 checkpoints, which rounds small updates away.
+            # The engine's own bf16 mode writes bfloat16 checkpoints, which rounds small updates away; and it switches
+            # an autocast of ours off on CUDA, so that it must bring its own.
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
             self.bf16 = False
         return own_bf16
 

@@ -43,6 +43,14 @@ def test_bad_forget_sets(case, tiny_world, tmp_path, capsys):
 
 
 BAD_FLAGS = {
+    "lora_r": (["--lora_r", "64"], "--lora_r has no effect without --use_peft"),
+    "negative_weight": (["--retain_weight", "-3"], "--retain_weight must be at least 0"),
+    "seed": (["--seed", "-1"], "--seed must not be negative"),
+    "max_train_samples": (["--max_train_samples", "-3"], "--max_train_samples must be at least 1"),
+    "forget_split": (["--forget_split", "forget01"], "--forget_split has no effect with --forget_data"),
+    "sampling": (["--train_sampling_strategy", "group_by_length"], "has no effect"),
+    "long_name": (["--retain_data", "a" * 300], "does not exist"),
+    "template_kwargs": (["--chat_template_kwargs", "{date"], "is not valid JSON"),
     "nop": (["--unlearn_method", "nop"], "did you mean 'npo'"),
     "domain": (["--domain", "tofoo"], "did you mean 'tofu'"),
     "wmdp": (["--domain", "wmdp"], "wmdp_bio"),
@@ -121,7 +129,7 @@ def test_warmup_that_leaves_no_learning_rate_is_warned(tiny_world, tmp_path, cap
 
 def test_pure_bfloat16_weights_are_allowed_and_warned(tiny_world, tmp_path, caplog):
     assert main(command(tiny_world, "grad_diff", tmp_path / "out", "--dtype", "bfloat16", "--max_steps", "1")) == 0
-    assert any("swallow small updates" in message for message in caplog.messages)
+    assert any("swallows small updates" in message for message in caplog.messages)
 
 
 def test_a_failed_push_costs_nothing(tiny_world, tmp_path, capsys, monkeypatch):
@@ -144,3 +152,41 @@ def test_retraining_the_target_is_warned(tiny_world, tmp_path, caplog):
     assert main(words) == 0 and "gold model" not in "".join(caplog.messages)
     words = [word.replace("--model_name_or_path", "--target_model_name_or_path") for word in words]
     assert main([*words, "--overwrite_output_dir"]) == 0 and "gold model" in "".join(caplog.messages)
+
+
+def test_the_model_that_a_run_starts_from_is_never_overwritten(tiny_world, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(tiny_world["model"], tmp_path / "mine/checkpoint-1")
+    world = {**tiny_world, "model": str(tmp_path / "mine/checkpoint-1")}
+    for output_dir in (tmp_path / "mine", tmp_path / "mine/checkpoint-1"):
+        assert main(command(world, "npo", output_dir, "--overwrite_output_dir", "--max_steps", "1")) == 2
+        assert "which the run starts from" in last_line(capsys)
+    assert (tmp_path / "mine/checkpoint-1/model.safetensors").is_file()
+
+
+def test_full_weights_over_an_adapter_and_back_reload(tiny_world, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    for flags in ([], ["--use_peft", "True"], []):
+        words = command(tiny_world, "npo", tmp_path / "out", "--max_steps", "1", "--overwrite_output_dir", *flags)
+        assert main(words) == 0
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
+        assert (tmp_path / "out/adapter_config.json").is_file() == bool(flags)
+
+
+def test_a_truncated_model_file(tiny_world, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(tiny_world["model"], tmp_path / "broken")
+    path = tmp_path / "broken/model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert main(command({**tiny_world, "model": str(tmp_path / "broken")}, "npo", tmp_path / "out")) == 2
+    assert "cannot be loaded" in last_line(capsys)
+
+
+def test_a_mistake_on_another_node_is_said_there(tiny_world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["--unlearn_method", "nop"]) == 2
+    assert "did you mean 'npo'" in last_line(capsys)

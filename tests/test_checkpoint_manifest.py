@@ -16,6 +16,7 @@ from llm_unlearn.checkpoints import (
     _move_into_place,
     checkpoints_of,
     incompleteness,
+    listed_files,
     newest_complete,
     write_manifest,
 )
@@ -290,7 +291,7 @@ def test_a_finished_checkpoint_is_pushed_without_its_intermediate_ones(hub, tmp_
     assert calls["create_branch"] == {"repo_id": "me/name", "branch": "dev", "exist_ok": True}
     upload = calls["upload_folder"]
     assert (upload["repo_id"], upload["folder_path"], upload["revision"]) == ("me/name", str(folder), "dev")
-    assert "checkpoint-*" in upload["ignore_patterns"]
+    assert set(upload["allow_patterns"]) == {MANIFEST, *listed_files(folder)}
 
 
 def test_the_folder_names_the_repository_where_none_is_given(hub, tmp_path):

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_acl2024 import SEVEN, published
 from test_equivalence import UPDATE_TOLERANCE, assert_terms_agree
 from tiny_world import command, terms, update_distance, weights
 
 from llm_unlearn.cli.unlearn import main
+from llm_unlearn.data.synthetic import write_world
 
 ROOT = Path(__file__).parents[1]
 WRAP = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
@@ -29,6 +31,7 @@ KINDS = {
     "lora": ("npo", LORA, 2),
     "adamw": ("grad_diff", ["--optim", "adamw_torch", "--learning_rate", "1e-4"], 2),
 }
+BF16 = ["--bf16", "True", "--retain_loss", "kl"]
 ONLY_DDP = {"pooled": ("ascent_plus_descent", [], 2), "labels": ("random_label", [], 2), "join": ("finetune", [], 2)}
 pytestmark = pytest.mark.distributed
 
@@ -64,7 +67,14 @@ def folder(tiny_world, tmp_path_factory):
             cut = ["--per_device_train_batch_size", batch_size]
             words = command(tiny_world, method, folder / backend / kind, *flags, *switches, *cut)
             cases.append({"name": f"{backend}/{kind}", "argv": words, "fsdp": backend == "fsdp2"})
+    write_world(folder / "data")
+    for number, method in enumerate(SEVEN):
+        words = published(tiny_world["model"], folder / "data", "github", method, 3)
+        words += ["--output_dir", str(folder / f"acl{number}"), "--tokenized_dataset", "nowhere"]
+        cases.append({"name": f"acl/{method}", "argv": words, "fsdp": True})
     for backend, (switches, _, _) in BACKENDS.items():
+        words = command(tiny_world, "npo", folder / backend / "bf16", *BF16, *switches, "--max_steps", "1")
+        cases.append({"name": f"{backend}/bf16", "argv": words, "fsdp": backend == "fsdp2"})
         diverging = ["--learning_rate", "1e30", "--per_device_train_batch_size", 2]
         words = command(tiny_world, "gradient_ascent", folder / backend / "diverging", *switches, *diverging)
         cases.append({"name": f"{backend}/diverging", "argv": words, "fsdp": backend == "fsdp2"})
@@ -114,6 +124,22 @@ def test_the_checkpoint_reloads(backend, folder):
     logits = model(torch.tensor([[1, 5, 9]])).logits
     other = AutoModelForCausalLM.from_pretrained(folder / "one/npo_kl")(torch.tensor([[1, 5, 9]])).logits
     assert torch.allclose(logits, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", range(len(SEVEN)))
+def test_the_seven_published_commands_under_fsdp2(number, folder):
+    record = json.loads((folder / f"acl{number}/unlearning.json").read_text())
+    assert record["backend"]["distributed_type"] == "FSDP" and record["backend"]["processes"] == 2
+    assert (folder / f"acl{number}/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_computes_policy_and_reference_alike(backend, folder):
+    """NPO starts at 2/beta log 2 and KL at 0 only where both run in the same precision."""
+    first = terms(folder / backend / "bf16")[0]
+    assert first["loss/forget"] == pytest.approx(13.8629436, abs=2e-2)
+    assert abs(first["loss/retain"]) < 2e-6
+    assert {value.dtype for value in weights(folder / backend / "bf16").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -27,8 +27,9 @@ def test_the_message_names_the_last_good_checkpoint(tiny_world, tmp_path, monkey
 
     monkeypatch.setattr(gradient_ascent, "ascent", poisoned)
     flags = ["--save_strategy", "steps", "--save_steps", "1"]
-    with pytest.raises(NonFiniteError, match=r"step 3.*checkpoint-2"):
+    with pytest.raises(NonFiniteError, match=r"step 3.*checkpoint-1\."):
         main(command(tiny_world, "gradient_ascent", tmp_path / "out", *flags))
+    # Checkpoint 2 holds the very weights that gave the NaN.
     assert (tmp_path / "out/checkpoint-2/manifest.json").is_file()
     assert not (tmp_path / "out/checkpoint-3").exists()
 
@@ -53,3 +54,20 @@ def test_an_infinite_gradient_stops_before_the_step(clip, tiny_world, tmp_path, 
     with pytest.raises(NonFiniteError, match="a gradient is not finite at step 2; the update was not applied"):
         main(command(tiny_world, "npo", tmp_path / "out", "--max_grad_norm", clip))
     assert all(torch.equal(value, before[key]) for key, value in after["model"].state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny_world, tmp_path, monkeypatch):
+    from llm_unlearn.trainer import UnlearnTrainer
+
+    original = UnlearnTrainer.train
+
+    def ruined(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        with torch.no_grad():
+            next(iter(self.model.parameters())).view(-1)[3] = float("nan")
+        return result
+
+    monkeypatch.setattr(UnlearnTrainer, "train", ruined)
+    with pytest.raises(NonFiniteError, match="a weight is not finite"):
+        main(command(tiny_world, "npo", tmp_path / "out", "--max_steps", "1"))
+    assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -322,7 +322,10 @@ def test_numbers_that_yaml_reads_as_text():
 
 
 def test_negative_numbers_in_a_config():
-    assert parse(["--config", config("unlearn_method: npo\nmax_steps: -1\nretain_weight: -0.5")]).args.max_steps == -1
+    assert (
+        parse(["--config", config("unlearn_method: npo\nmax_steps: -1\nlr_scheduler_type: linear")]).args.max_steps
+        == -1
+    )
 
 
 def test_fsdp_true_in_a_config_is_the_published_pair_of_words(monkeypatch):
@@ -459,3 +462,18 @@ def test_help_is_quick_and_imports_no_torch():
         if fastest < 2:
             break
     assert fastest < 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "typed", "expected"),
+    [
+        ("warmup_ratio: 0.03", ["--warmup_steps", "3"], {"warmup_steps": 3}),
+        ("warmup_steps: 7", ["--warmup_ratio", "0"], {"warmup_steps": 0}),
+        ("positive_factor: 0.5", ["--retain_weight", "1.0"], {"retain_weight": 1.0}),
+        ("positive_factor: 0.5", ["--retain-weight", "5"], {"retain_weight": 5.0}),
+        ("retain_weight: 5", ["--positive_factor", "2"], {"retain_weight": 2.0}),
+    ],
+)
+def test_what_is_typed_wins_over_its_other_name_in_a_config(recipe, typed, expected):
+    args = parse(["--unlearn_method", "ascent_plus_descent", "--config", config(recipe), *typed]).args
+    assert {name: getattr(args, name) for name in expected} == expected

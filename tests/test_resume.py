@@ -73,7 +73,13 @@ def test_a_half_written_file_is_passed_over(finished, tiny_world, caplog):
 
 @pytest.mark.parametrize(
     "changed, field",
-    [(["--seed", "7"], "seed"), (["--gradient_accumulation_steps", "2"], "rows_per_step"), (None, "streams")],
+    [
+        (["--seed", "7"], "seed"),
+        (["--gradient_accumulation_steps", "2"], "rows_per_step"),
+        (["--retain_weight", "2"], "settings differ in retain_weight"),
+        (["--max_length", "100"], "settings differ in max_length"),
+        (None, "streams"),
+    ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_name(changed, field, finished, tiny_world, capsys):
     world = tiny_world if changed else {**tiny_world, "retain": tiny_world["forget"]}
@@ -109,3 +115,23 @@ def test_resuming_in_the_middle_of_an_epoch_that_max_steps_ended(tiny_world, tmp
     whole = weights(tmp_path / "out")
     assert main([*words, "--resume_from_checkpoint", "auto"]) == 0
     assert bit_equal(weights(tmp_path / "out"), whole) and len(terms(tmp_path / "out")) == 2
+
+
+def test_a_checkpoint_of_another_start_model_is_refused(finished, tiny_world, capsys):
+    words = command({**tiny_world, "model": tiny_world["base"]}, "grad_diff", finished, *FLAGS)
+    assert main([*words, "--resume_from_checkpoint", "True"]) == 2
+    assert "model was" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_without_optimizer_state_is_refused(tiny_world, tmp_path, capsys):
+    words = command(tiny_world, "npo", tmp_path / "out", *FLAGS, *SAVING, "--save_only_model", "True")
+    assert main(words) == 0
+    assert main([*words, "--resume_from_checkpoint", "auto"]) == 2
+    assert "--save_only_model" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_older_runs_checkpoints_go_when_this_one_has_saved(tiny_world, tmp_path):
+    assert main(command(tiny_world, "npo", tmp_path / "out", *FLAGS, *SAVING)) == 0
+    words = command(tiny_world, "npo", tmp_path / "out", "--max_steps", "2", "--overwrite_output_dir")
+    assert main(words) == 0
+    assert not list((tmp_path / "out").glob("checkpoint-*"))

@@ -272,7 +272,7 @@ def test_splits_that_a_domain_does_not_have(tmp_path):
 def test_max_train_samples_takes_the_first_rows(world_folder, domain):
     given = {"forget_data": str(world_folder / "forget01.json")} if domain == "custom" else {}
     data = flags(domain, None if domain == "demo" else world_folder, forget_split="forget01", **given)
-    if domain == "arxiv":
+    if domain != "tofu":
         data.forget_split = None
     rows = load_split("forget", data).rows
     data.max_train_samples = 3

@@ -431,7 +431,15 @@ def test_short_texts_are_left_out_without_counting_as_cut(caplog):
     with caplog.at_level(logging.WARNING):
         examples = tokenize_rows([{"text": "abcd"}] * 50 + [{"text": "abcde"}], Letters(), DEFAULT)
     assert len(examples) == 1
-    assert caplog.text == ""
+    assert "50 of 51 texts of the data set are shorter than 5 tokens" in caplog.text
+
+
+def test_answers_cut_in_the_middle_are_counted(tokenizer, caplog):
+    rows = [{"question": "q", "answer": "She was born. " * 40}, {"question": "q", "answer": "a"}]
+    with caplog.at_level(logging.WARNING):
+        first, _ = tokenize_rows(rows, tokenizer, TokenizeOptions(max_length=64))
+    assert len(first["input_ids"]) == 64
+    assert "1 of 2 answers of the data set are cut at the length" in caplog.text
 
 
 def test_a_text_has_its_special_tokens_once(framing):
@@ -500,3 +508,16 @@ def test_generation_prompt_of_a_row_whose_answer_is_cut_off(tokenizer):
     row = lengthy(1)[0]
     prompt = generation_prompt(row, tokenizer, TokenizeOptions(max_length=64))
     assert prompt == tokenizer("Question: " + row["question"])["input_ids"][:64]
+
+
+def test_no_two_days_differ(tokenizer, monkeypatch):
+    """Llama 3's template prints today's date unless it is given one."""
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = (
+        "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+        "Today: {{ date_string }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    pinned = dated.decode(one(QA, dated)["input_ids"])
+    assert "Today: 26 Jul 2024" in pinned
+    given = TokenizeOptions(chat_template_kwargs=(("date_string", "10 Apr 2025"),))
+    assert "Today: 10 Apr 2025" in dated.decode(one(QA, dated, given)["input_ids"])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from llm_unlearn.data.sources import Source
+from llm_unlearn.data.tokenize import TokenizeOptions
 from llm_unlearn.data.tokenized_cache import (
     KEY_FILE,
     cache_key,
@@ -31,18 +32,21 @@ def tokenizer(demo_tokenizer):
 
 
 def parsed(folder, method="ascent_plus_descent", domain="arxiv", overwrite_cache=False, **given):
-    args = {"general": False, "positive_ratio": 1, "retain_weight": 1.0, "max_length": 64, "question_template": None}
+    args = {"general": False, "positive_ratio": 1, "retain_weight": 1.0, "max_length": 64, "settings_given": True}
+    args = SimpleNamespace(**{**args, **given})
+    args.tokenize_options = lambda length: TokenizeOptions(args.max_length, None, length)
     return SimpleNamespace(
         method=method,
-        args=SimpleNamespace(**{**args, **given}),
+        args=args,
         data=SimpleNamespace(domain=domain, tokenized_dataset=str(folder), overwrite_cache=overwrite_cache),
         context_length=None,
+        fingerprint=lambda: "weights of this model",
     )
 
 
 def written(root, tokenizer, run, length=64, data=DATA, streams=None):
     """Write a set where a run of that kind looks for it; returns its folder."""
-    below, settings = variant(run.method, run.args)
+    below, settings = variant(run.method, run.args, run.fingerprint)
     folder = root / "arxiv" / "arxiv_forget_500" / below
     write_cache(folder, streams or {"forget": FORGET, "retain": RETAIN}, cache_key(tokenizer, length, settings, data))
     return folder
@@ -184,7 +188,28 @@ RANDOM = {
     ],
 )
 def test_folders_of_the_published_tree(method, given, folder, settings):
-    assert variant(method, parsed("", method, **given).args) == (folder, settings)
+    if "top_k" in settings:
+        settings = {**settings, "model": "weights of this model"}
+    run = parsed("", method, **given)
+    assert variant(method, run.args, run.fingerprint) == (folder, settings)
+
+
+def test_labels_of_another_model_are_refused(tmp_path, tokenizer):
+    run = parsed(tmp_path, "random_label", **RANDOM)
+    written(tmp_path, tokenizer, run, data={"forget": SOURCES["forget"].sha256})
+    only_forget = {"forget": SOURCES["forget"]}
+    assert find_cached(run, tokenizer, only_forget) is not None
+    run.fingerprint = lambda: "weights of another model"
+    with pytest.raises(UserError, match="another settings"):
+        find_cached(run, tokenizer, only_forget)
+
+
+def test_ratio_and_factor_come_from_the_set_where_none_was_typed(tmp_path, tokenizer):
+    made = parsed(tmp_path, positive_ratio=2, retain_weight=0.5)
+    written(tmp_path, tokenizer, made)
+    run = parsed(tmp_path, settings_given=False)
+    assert find_cached(run, tokenizer, SOURCES) is not None
+    assert (run.args.positive_ratio, run.args.retain_weight) == (2, 0.5)
 
 
 def test_other_methods_and_domains_have_no_set(tmp_path, tokenizer):

@@ -12,7 +12,7 @@ from pathlib import Path
 from llm_unlearn.cli.tokenizing import SetReader, tokenizing_parser
 from llm_unlearn.data.tokenized_cache import NAMES, cache_key, variant, write_cache
 from llm_unlearn.errors import run_cli
-from llm_unlearn.models import load_model
+from llm_unlearn.models import load_model, model_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 logger = logging.getLogger("llm_unlearn.save_tokenized_dataset")
@@ -31,7 +31,7 @@ def main(argv=None):
         made = [("normal", {}, rows)]
         if split == "forget":
             model = model or _adversary(target, args)
-            made += _relabeled(rows, read.tokenizer, model, args)
+            made += _relabeled(rows, read.tokenizer, model, target, args)
         for folder, settings, labeled in made:
             path = args.output_dir / domain / name / folder
             key = cache_key(read.tokenizer, read.length, settings, {"forget": source.sha256})
@@ -39,7 +39,7 @@ def main(argv=None):
             logger.info("%s: %d sequences", path, len(labeled))
 
 
-def _relabeled(rows, tokenizer, model, args):
+def _relabeled(rows, tokenizer, model, target, args):
     """Yield (folder, settings, rows) of both published ways of drawing wrong labels."""
     from llm_unlearn.methods.random_label import RandomLabelArguments, draw_sampled, draw_uniform
 
@@ -48,7 +48,7 @@ def _relabeled(rows, tokenizer, model, args):
     yield *variant("random_label", uniform), draw_uniform(rows, tokenizer, args.seed)
     adversarial = RandomLabelArguments(top_k=1, rm_groundtruth=True, **common)
     labeled = draw_sampled(model, rows, adversarial, args.per_device_eval_batch_size)
-    yield *variant("random_label", adversarial), labeled
+    yield *variant("random_label", adversarial, lambda: model_fingerprint(target)), labeled
 
 
 def _adversary(name, args):

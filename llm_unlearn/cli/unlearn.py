@@ -1,8 +1,8 @@
 """run_unlearn.py: parse, load, train, save, push."""
 
 import logging
+import math
 import os
-import shutil
 import sys
 import time
 
@@ -40,7 +40,7 @@ def _main(argv):
     start_model(parsed)
     _warn_of_start(parsed)
     parsed.args.output_dir = output_directory(parsed.method, parsed.args, parsed.model, parsed.data)
-    check_output_directory(parsed.args)
+    check_output_directory(parsed.args, start_model(parsed))
     trainer, sources = build_trainer(parsed)
     _say_what_runs(parsed, trainer)
     if not parsed.args.do_unlearn:
@@ -97,6 +97,7 @@ def build_trainer(parsed):
         context_length,
         load_model,
         load_tokenizer,
+        model_fingerprint,
         quantization_config,
         with_lora,
     )
@@ -112,6 +113,7 @@ def build_trainer(parsed):
     }  # fmt: skip
     tokenizer = load_tokenizer(flags.tokenizer_name or name, **hub)
     parsed.context_length = context_length(name, **hub)
+    parsed.fingerprint = lambda: model_fingerprint(name, **hub)
     sources, train_dataset, eval_dataset = training_sets(parsed, tokenizer)
     model = load_model(
         name, flags.dtype, attn_implementation=flags.attn_implementation, quantization_config=quantization, **hub
@@ -135,11 +137,10 @@ def _train_and_save(parsed, trainer, sources):
     args = parsed.args
     resumes = args.resume_from_checkpoint not in (None, False, "False", "false")
     if args.overwrite_output_dir and not resumes and args.should_save:
-        for stale in checkpoints_of(args.output_dir):
-            shutil.rmtree(stale)
+        trainer.stale_checkpoints = tuple(checkpoints_of(args.output_dir))
     started = time.time()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    record = run_record(parsed, trainer, sources, time.time() - started)
+    record = run_record(parsed, start_model(parsed), trainer, sources, time.time() - started)
     save_final(trainer, {"unlearning.json": as_json(record), "README.md": model_card(record)})
     logger.info("the unlearned model is in %s", args.output_dir)
     if trainer.push_requested and trainer.is_world_process_zero():
@@ -152,7 +153,9 @@ def _say_what_runs(parsed, trainer):
     tokens = dataset.num_tokens()
     streams = ", ".join(f"{name} {size} sequences / {tokens[name]} tokens" for name, size in dataset.sizes.items())
     rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else int(-(-len(dataset) // rows_per_step) * args.num_train_epochs)
+    steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(-(-len(dataset) // rows_per_step) * args.num_train_epochs)
+    )
     logger.info("%s on %s: %s; %d optimizer steps", parsed.method, start_model(parsed), streams, steps)
     logger.info("the checkpoint goes to %s", args.output_dir)
 

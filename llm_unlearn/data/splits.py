@@ -27,7 +27,9 @@ class Split:
     def local_names(self):
         """Return the paths, without suffix, under which --data_dir may hold this split, in order of preference."""
         # A configuration of one split may be one file; verbmem's split has the name of the raw texts'.
+        # The retain set of the general domain lies beside another domain's.
         one_split = self.split in ("train", "test") or self.config == "verbmem"
+        one_split = one_split or (self.config, self.split) == ("general", "retain")
         return [f"{self.config}/{self.split}", *([self.config] if one_split else [self.split])]
 
 
@@ -112,6 +114,10 @@ def load_split(name, data_args):
         UserError: see `load_source`; also a file missing from --data_dir.
     """
     given = getattr(data_args, f"{name}_data", None)
+    if getattr(data_args, f"{name}_split", None) and (given or data_args.domain in ("demo", "custom")):
+        raise UserError(f"--{name}_split has no effect with {'--' + name + '_data' if given else data_args.domain}")
+    if data_args.max_train_samples is not None and data_args.max_train_samples < 1:
+        raise UserError(f"--max_train_samples must be at least 1, but is {data_args.max_train_samples}")
     limit = data_args.max_train_samples
     hub = HubOptions(data_args.dataset_revision, data_args.cache_dir, data_args.token)
     if given:

@@ -12,6 +12,7 @@ QUESTION_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 TEXT_LENGTH, QA_LENGTH = 4096, 512
 SHORTEST_CHUNK = 5
 IGNORED = -100
+TEMPLATE_DATE = "26 Jul 2024"
 LARGEST_CUT_SHARE = 0.01
 
 
@@ -24,11 +25,17 @@ class TokenizeOptions:
         question_template: with {question} and {answer}; None uses the tokenizer's chat template where it has one, else
             QUESTION_TEMPLATE.
         model_length: the model's context in tokens, or None where unknown.
+        chat_template_kwargs: (name, value) pairs for the chat template, `date_string` for example.
     """
 
     max_length: int | None = None
     question_template: str | None = None
     model_length: int | None = None
+    chat_template_kwargs: tuple = ()
+
+    def template_kwargs(self):
+        """Return what the chat template is rendered with; the date is pinned, so that no two days differ."""
+        return {"date_string": TEMPLATE_DATE, **dict(self.chat_template_kwargs)}
 
     def length(self, kind):
         """Return the sequence length in tokens for "text" or "qa" rows.
@@ -62,7 +69,7 @@ def tokenize_rows(rows, tokenizer, options, name="data"):
     Raises:
         UserError: no rows; no token left that counts; more than 1% of the answers cut off by the length.
     """
-    examples, cut = [], 0
+    examples, cut, short, partly = [], 0, 0, 0
     for row in rows:
         if row.get("input_ids") is not None:
             made = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])}]
@@ -70,9 +77,26 @@ def tokenize_rows(rows, tokenizer, options, name="data"):
             made = _chunks(row["text"], tokenizer, options.length("text"))
         else:
             made = [_answer_example(row, tokenizer, options)]
+            partly += made[0].pop("is_cut")
         counted = [example for example in made if any(label != IGNORED for label in example["labels"][1:])]
         cut += not counted and row.get("input_ids") is None and form_of(row) != "text"
+        short += not counted and row.get("input_ids") is None and form_of(row) == "text"
         examples += counted
+    if short:
+        logger.warning(
+            "%d of %d texts of the %s set are shorter than %d tokens and left out",
+            short,
+            len(rows),
+            name,
+            SHORTEST_CHUNK,
+        )
+    if partly - cut > 0:
+        logger.warning(
+            "%d of %d answers of the %s set are cut at the length; their ends are not trained",
+            partly - cut,
+            len(rows),
+            name,
+        )
     _report(name, rows, examples, cut, options)
     return examples
 
@@ -120,7 +144,7 @@ def _answer_example(row, tokenizer, options):
         counts[-1] = True
     labels = [token if counted else IGNORED for token, counted in zip(ids, counts, strict=True)]
     length = options.length("qa")
-    return {"input_ids": ids[:length], "labels": labels[:length]}
+    return {"input_ids": ids[:length], "labels": labels[:length], "is_cut": len(ids) > length}
 
 
 def _render(row, tokenizer, options):
@@ -131,13 +155,13 @@ def _render(row, tokenizer, options):
             raise UserError(
                 "the rows hold messages, but the tokenizer has no chat template; pass question, answer rows"
             )
-        return (*_render_chat(row["messages"], tokenizer), True)
+        return (*_render_chat(row["messages"], tokenizer, options), True)
     if form_of(row) == "prompt":
         text = row["prompt"] + row["completion"]
         return text, [(len(row["prompt"]), len(text))], False
     if chat and options.question_template is None:
         turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-        return (*_render_chat(turns, tokenizer), True)
+        return (*_render_chat(turns, tokenizer, options), True)
     template = options.question_template or QUESTION_TEMPLATE
     before, after = _split_template(template)
     prompt = before.replace("{question}", row["question"])
@@ -154,16 +178,16 @@ def _split_template(template):
     return before, after
 
 
-def _render_chat(messages, tokenizer):
+def _render_chat(messages, tokenizer, options):
     """Render the turns and find each assistant turn in the text, from the growing prefixes of the conversation."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options.template_kwargs())
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         # Templates need not render an empty conversation, nor prefixes alike.
-        before = _rendered_prefix(messages[:number], tokenizer, add_generation_prompt=True)
-        through = _rendered_prefix(messages[: number + 1], tokenizer)
+        before = _rendered_prefix(messages[:number], tokenizer, options, add_generation_prompt=True)
+        through = _rendered_prefix(messages[: number + 1], tokenizer, options)
         if before and text.startswith(before) and text.startswith(through):
             spans.append((len(before), len(through)))
         else:
@@ -171,8 +195,10 @@ def _render_chat(messages, tokenizer):
     return text, spans
 
 
-def _rendered_prefix(messages, tokenizer, **kwargs):
-    return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs) if messages else ""
+def _rendered_prefix(messages, tokenizer, options, **kwargs):
+    if not messages:
+        return ""
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options.template_kwargs(), **kwargs)
 
 
 def _find_turn(text, messages, number):

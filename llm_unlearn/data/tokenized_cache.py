@@ -5,7 +5,6 @@ import json
 import logging
 from pathlib import Path
 
-from llm_unlearn.data.tokenize import TokenizeOptions
 from llm_unlearn.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -21,12 +20,13 @@ NAMES = {
 """(domain, split) -> folder name of the published tree, whatever the number of rows."""
 
 
-def variant(method, args):
+def variant(method, args, model=None):
     """Return (folder below the set's name, settings that the key holds) of what a method trains on, or None.
 
     Args:
         method: id of the method.
         args: its arguments.
+        model: function that returns the fingerprint of the model from which labels are sampled.
     """
     if method == "gradient_ascent":
         return "normal", {}
@@ -36,6 +36,7 @@ def variant(method, args):
             return "random_label/completely_random", {"seed": args.seed}
         shift = "_legacy_shift" if args.legacy_shift else ""
         ending = ("_rmgt" if args.rm_groundtruth else "") + shift
+        drawn["model"] = model()
         return f"random_label/top_k{args.top_k}_top_p{args.top_p}{ending}", drawn
     if method.startswith("ascent_plus_"):
         general = "_general" if args.general else ""
@@ -119,16 +120,20 @@ def find_cached(parsed, tokenizer, sources):
         UserError: a tokenized set of this name that was made from something else, without --overwrite_cache.
     """
     name = NAMES.get((parsed.data.domain, "forget"))
-    found = variant(parsed.method, parsed.args)
-    if name is None or found is None:
+    root = Path(parsed.data.tokenized_dataset)
+    if name is None or not root.is_dir():
         return None
-    folder = Path(parsed.data.tokenized_dataset) / parsed.data.domain / name / found[0]
+    found = variant(parsed.method, parsed.args, parsed.fingerprint)
+    folder = root / parsed.data.domain / name / found[0] if found else root
     if not (folder / KEY_FILE).is_file():
         return None
     stored = json.loads((folder / KEY_FILE).read_text(encoding="utf-8"))
-    options = TokenizeOptions(parsed.args.max_length, parsed.args.question_template, parsed.context_length)
+    options = parsed.args.tokenize_options(parsed.context_length)
     data = {stream: source.sha256 for stream, source in sources.items()}
     wanted = cache_key(tokenizer, options.length("text"), found[1], data)
+    if "positive_ratio" in found[1] and not parsed.args.settings_given:
+        _take_settings(parsed.args, stored.get("settings", {}), folder)
+        wanted["settings"] = variant(parsed.method, parsed.args)[1]
     differing = [field for field in wanted if stored.get(field) != wanted[field]]
     if not differing:
         logger.info("using the tokenized data set %s", folder)
@@ -143,3 +148,11 @@ def find_cached(parsed, tokenizer, sources):
         f"the tokenized data set '{folder}' was made with another {' and '.join(differing)}; make it again with "
         "utils/save_tokenized_dataset.py or utils/ascent_plus_descent_tokenizer.py, or pass --overwrite_cache"
     )
+
+
+def _take_settings(args, settings, folder):
+    """Take ratio and factor from the set, as the published chain does, where the command line names neither."""
+    ratio, factor = settings.get("positive_ratio", 1), settings.get("positive_factor", 1.0)
+    if (ratio, factor) != (args.positive_ratio, args.retain_weight):
+        logger.info("--positive_ratio %s and --positive_factor %s come from %s", ratio, factor, folder)
+        args.positive_ratio, args.retain_weight = ratio, factor

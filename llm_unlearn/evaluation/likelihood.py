@@ -4,7 +4,7 @@ import torch
 
 from llm_unlearn.data.plan import FILLER
 from llm_unlearn.data.streams import UnlearnDataset
-from llm_unlearn.head import split_outputs
+from llm_unlearn.head import split_outputs, wide_dtype
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def _sums(trainer, model, name, rows):
     by_length = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
     size = args.per_device_eval_batch_size
     step = size * args.world_size
-    sums = torch.zeros(4, device=args.device, dtype=torch.float32 if args.device.type == "mps" else torch.float64)
+    sums = torch.zeros(4, device=args.device, dtype=wide_dtype(args.device))
     for start in range(0, len(rows), step):
         first = start + args.process_index * size
         mine = by_length[first : first + size]
@@ -44,11 +44,9 @@ def _sums(trainer, model, name, rows):
         mine += [FILLER] * (size - len(mine)) if args.world_size > 1 else []
         batch = trainer.data_collator([dataset[(name, row)] for row in mine])
         batch = trainer._prepare_inputs(batch)
-        with trainer.autocast():
-            stream = batch[name]
-            logits = model(
-                input_ids=stream["input_ids"], attention_mask=stream["attention_mask"], use_cache=False
-            ).logits
+        stream = batch[name]
+        inputs = {"input_ids": stream["input_ids"], "attention_mask": stream["attention_mask"]}
+        logits = model(**inputs, use_cache=False).logits
         output = split_outputs(logits, batch, (name,))[name]
         counted = output.mask.any(-1)
         sums += torch.stack(

@@ -17,15 +17,16 @@ class AscentPlusArguments(UnlearnArguments):
     positive_ratio: int = flag(1, "Retain sequences for each forget sequence.")
     positive_factor: float | None = flag(None, "The published name of --retain_weight (default 1).")
     forget_weight: float = flag(1.0, "Weight of the forget term.")
-    retain_weight: float = flag(1.0, "Weight of the retain term; 0 loads no retain set.")
+    retain_weight: float | None = flag(None, "Weight of the retain term (default 1); 0 loads no retain set.")
 
     def __post_init__(self):
         if self.positive_ratio < 1:
             raise UserError(f"--positive_ratio must be at least 1, but is {self.positive_ratio}")
-        if self.positive_factor is not None:
-            if self.retain_weight not in (1.0, self.positive_factor):
-                raise UserError("--positive_factor and --retain_weight name the same weight; pass one of them")
-            self.retain_weight = self.positive_factor
+        given = {value for value in (self.positive_factor, self.retain_weight) if value is not None}
+        if len(given) > 1:
+            raise UserError("--positive_factor and --retain_weight name the same weight; pass one of them")
+        self.settings_given = bool(given) or self.positive_ratio != 1
+        self.retain_weight = given.pop() if given else 1.0
         super().__post_init__()
 
 
