@@ -55,7 +55,8 @@ def check_output_directory(args, start=None):
         args: the method's arguments.
         start: folder or Hub name of the model that the run starts from.
     Raises:
-        UserError: the model that the run starts from would be overwritten; not a folder, not writable, or not empty without --overwrite_output_dir or a resume.
+        UserError: not a folder, not writable, not empty without --overwrite_output_dir or a resume, or the place of the
+            model that the run starts from.
     """
     if int(os.environ.get("RANK", "0")) != 0:
         return
@@ -64,7 +65,7 @@ def check_output_directory(args, start=None):
         raise UserError(f"--output_dir '{path}' is a file")
     if start and Path(start).is_dir() and path.resolve() in (Path(start).resolve(), *Path(start).resolve().parents):
         raise UserError(
-            f"--output_dir '{path}' is, or holds, the model '{start}' that the run starts from; pass another"
+            f"--output_dir '{path}' is, or holds, the model '{start}' which the run starts from; pass another"
         )
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK):

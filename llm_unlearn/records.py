@@ -17,10 +17,10 @@ _UNLEARNED = """This checkpoint was made by `llm_unlearn` with the method `{meth
 trained to forget the forget set below. Whether it really did is what an evaluation, a membership-inference attack and a
 relearning attack must tell; this card does not claim it."""
 _DONE = {
-    "finetune": """This checkpoint was made by `llm_unlearn`: the model `{start_model}` was trained on the sets below, to
-be a target model for unlearning.""",
-    "retrain": """This checkpoint was made by `llm_unlearn`: the model `{start_model}` was trained on the retain set
-below alone, to be the gold model that unlearned ones are compared with.""",
+    "finetune": """This checkpoint was made by `llm_unlearn`: the model `{start_model}` was trained on the sets
+below, to be a target model for unlearning.""",
+    "retrain": """This checkpoint was made by `llm_unlearn`: the model `{start_model}` was trained on the
+retain set below alone, to be the gold model that unlearned ones are compared with.""",
 }
 
 
