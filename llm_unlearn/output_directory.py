@@ -63,10 +63,9 @@ def check_output_directory(args, start=None):
     path = Path(args.output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir '{path}' is a file")
-    if start and Path(start).is_dir() and path.resolve() in (Path(start).resolve(), *Path(start).resolve().parents):
-        raise UserError(
-            f"--output_dir '{path}' is, or holds, the model '{start}' which the run starts from; pass another"
-        )
+    model = Path(start).resolve() if start and Path(start).is_dir() else None
+    if model and (model == path.resolve() or (model.parent == path.resolve() and model.name.startswith("checkpoint-"))):
+        raise UserError(f"--output_dir '{path}' would overwrite the model which the run starts from; pass another")
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK):
         raise UserError(f"--output_dir '{path}' cannot be written")
