@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -156,3 +157,35 @@ def test_the_users_mistake_is_said_once_and_loses_nothing(tiny_world, tmp_path):
     words = command({**tiny_world, "forget": str(bad)}, "npo", tmp_path / "out")
     assert launch([{"name": "bad", "argv": words}], tmp_path) == {"bad": 2}
     assert not (tmp_path / "out").exists()
+
+
+SAVING = ["--optim", "adamw_torch", "--learning_rate", "1e-3", "--save_strategy", "steps", "--save_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def resumed(tiny_world, tmp_path_factory):
+    """Each backend: a whole run of three steps, and its copy that lost the last one and was resumed."""
+    folder = tmp_path_factory.mktemp("resumed")
+
+    def cases(name, *flags):
+        found = []
+        for backend, (switches, _, _) in BACKENDS.items():
+            words = command(tiny_world, "npo", folder / backend / name, *SAVING, *switches, *flags)
+            found.append({"name": backend, "argv": words, "fsdp": backend == "fsdp2"})
+        return found
+
+    assert set(launch(cases("whole"), folder).values()) == {0}
+    for backend in BACKENDS:
+        shutil.copytree(folder / backend / "whole", folder / backend / "part")
+        last = max((folder / backend / "part").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        shutil.rmtree(last)
+    assert set(launch(cases("part", "--resume_from_checkpoint", "auto"), folder).values()) == {0}
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_resume_on_two_processes_is_bit_equal(backend, resumed):
+    whole, part = resumed / backend / "whole", resumed / backend / "part"
+    assert terms(part) == terms(whole)
+    first, second = weights(part), weights(whole)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
