@@ -16,11 +16,22 @@ from llm_unlearn.errors import NonFiniteError, UserError
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, RUN_STATE, RECORD = "manifest.json", "unlearning_state.json", "unlearning.json"
+MANIFEST, RUN_STATE = "manifest.json", "unlearning_state.json"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 _CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
 _STAGING = ".saving"
 _FREE_TO_CHANGE = {"overwrite_output_dir", "do_unlearn", "fsdp_transformer_layer_cls_to_wrap"}
+
+
+def asks_to_resume(wanted):
+    """Return whether a value of --resume_from_checkpoint asks for a resume at all."""
+    return wanted not in (None, False, "False", "false")
+
+
+def file_sha256(path):
+    """Return the sha256 of a file, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder):
@@ -33,7 +44,9 @@ def write_manifest(folder):
     partial = folder / (MANIFEST + ".partial")
     partial.unlink(missing_ok=True)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    listed = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    listed = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+    }
     partial.write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
     os.replace(partial, folder / MANIFEST)
 
@@ -56,7 +69,7 @@ def incompleteness(folder):
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size or _sha256(path) != sha256:
+        if path.stat().st_size != size or file_sha256(path) != sha256:
             return f"{name} is not as it was written"
     return None
 
@@ -136,7 +149,7 @@ class CheckpointedTrainer(Trainer):
         }
 
     def _resolve(self, wanted):
-        if wanted in (None, False, "False", "false"):
+        if not asks_to_resume(wanted):
             return None
         if wanted in (True, "True", "true", "auto"):
             found = newest_complete(self.args.output_dir)
@@ -289,8 +302,3 @@ def _move_into_place(staging, output_dir):
             shutil.rmtree(target)
         os.replace(path, target)
     staging.rmdir()
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

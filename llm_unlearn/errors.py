@@ -2,8 +2,9 @@
 
 import difflib
 import logging
-import os
 import sys
+
+from llm_unlearn.processes import is_first_on_node
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_PUSH_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -49,7 +50,7 @@ def run_cli(command):
         return command() or EXIT_OK
     except (UserError, PushError) as error:
         # One line a node: the mistake may lie on one machine only.
-        if int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0:
+        if is_first_on_node():
             print(" ".join(str(error).split()), file=sys.stderr, flush=True)
         return EXIT_PUSH_FAILED if isinstance(error, PushError) else EXIT_USER_ERROR
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from llm_unlearn.checkpoints import file_sha256
 from llm_unlearn.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,8 @@ def model_fingerprint(name, **kwargs):
     config = _load(AutoConfig, name, "model", **kwargs)
     if getattr(config, "_commit_hash", None):
         return config._commit_hash
-    digest = hashlib.sha256()
-    for path in sorted(Path(name).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    files = sorted(Path(name).glob("*.safetensors"))
+    return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
 
 def context_length(name, **kwargs):

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+from llm_unlearn.checkpoints import asks_to_resume
 from llm_unlearn.errors import UserError
+from llm_unlearn.processes import is_first_process
 
 
 def output_directory(method, args, model, data):
@@ -58,7 +60,7 @@ def check_output_directory(args, start=None):
         UserError: not a folder, not writable, not empty without --overwrite_output_dir or a resume, or the place of the
             model that the run starts from.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_first_process():
         return
     path = Path(args.output_dir)
     if path.exists() and not path.is_dir():
@@ -69,8 +71,11 @@ def check_output_directory(args, start=None):
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK):
         raise UserError(f"--output_dir '{path}' cannot be written")
-    resumes = args.resume_from_checkpoint not in (None, False, "False", "false")
-    if path.is_dir() and any(path.iterdir()) and not (args.overwrite_output_dir or resumes):
+    if (
+        path.is_dir()
+        and any(path.iterdir())
+        and not (args.overwrite_output_dir or asks_to_resume(args.resume_from_checkpoint))
+    ):
         raise UserError(
             f"--output_dir '{path}' is not empty; pass --overwrite_output_dir, --resume_from_checkpoint auto or another"
         )

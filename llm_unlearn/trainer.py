@@ -17,6 +17,7 @@ from llm_unlearn.errors import NonFiniteError, UserError
 from llm_unlearn.evaluation.likelihood import stream_likelihoods
 from llm_unlearn.head import concatenate, counts, split_outputs, wide_dtype
 from llm_unlearn.objectives.likelihood import nll
+from llm_unlearn.processes import is_first_process
 from llm_unlearn.reference import Reference
 from llm_unlearn.training_arguments import UnlearnArguments
 
@@ -35,6 +36,7 @@ class UnlearnTrainer(CheckpointedTrainer):
         needs_reference: whether `compute_loss` calls `reference`.
         streams: names of the streams that the method reads, the anchor of the epoch first.
         optional_streams: names of streams that it reads where they are given.
+        retain_loss: the retain term of a method that leaves no choice; None takes `--retain_loss`.
         pooled: divide every term by the sequences of all streams together, instead of its own.
 
     Args:
@@ -54,6 +56,7 @@ class UnlearnTrainer(CheckpointedTrainer):
     streams = ("forget",)
     optional_streams = ()
     pooled = False
+    retain_loss = None
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -89,14 +92,17 @@ class UnlearnTrainer(CheckpointedTrainer):
     @classmethod
     def streams_for(cls, args):
         """Return the streams that a run with these arguments reads; a retain term of weight zero reads none."""
-        skips = getattr(args, "retain_loss", None) == "none" or getattr(args, "retain_weight", 1) == 0
+        skips = cls.retain_loss_for(args) == "none" or getattr(args, "retain_weight", 1) == 0
         return tuple(name for name in cls.streams if not (name == "retain" and skips))
 
     def reference_needed(self, args):
         """Return whether a run with these arguments compares with the frozen reference."""
-        return self.needs_reference or (
-            getattr(args, "retain_loss", None) == "kl" and "retain" in self.streams_for(args)
-        )
+        return self.needs_reference or (self.retain_loss_for(args) == "kl" and "retain" in self.streams_for(args))
+
+    @classmethod
+    def retain_loss_for(cls, args):
+        """Return which retain term runs with these arguments: nll, kl or none."""
+        return cls.retain_loss or getattr(args, "retain_loss", "nll")
 
     def rows_per_anchor(self):
         """Return {stream: rows for each row of the anchor}; 1 where missing."""
@@ -120,7 +126,7 @@ class UnlearnTrainer(CheckpointedTrainer):
             {stream: StreamOutput}.
         """
         streams = tuple(streams or inputs)
-        if getattr(self.args, "retain_loss", None) == "kl" and "retain" in streams:
+        if self.retain_loss_for(self.args) == "kl" and "retain" in streams:
             keep_logits = {*keep_logits, "retain"}
         input_ids, attention_mask = concatenate(inputs, streams, self.data_collator.pad_token_id)
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
@@ -134,7 +140,7 @@ class UnlearnTrainer(CheckpointedTrainer):
         """Return the retain values (B, T) that `--retain_loss` asks for, or None where the run has no retain stream."""
         if "retain" not in outputs:
             return None
-        if getattr(self.args, "retain_loss", "nll") == "kl":
+        if self.retain_loss_for(self.args) == "kl":
             return outputs["retain"].kl_from(self.reference(inputs, ("retain",), ("retain",))["retain"])
         return nll(outputs["retain"].logps)
 
@@ -298,7 +304,7 @@ class UnlearnTrainer(CheckpointedTrainer):
 
 def _warn_of_low_precision(model):
     low = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
-    if low and int(os.environ.get("RANK", "0")) == 0:
+    if low and is_first_process():
         logger.warning(
             "the trained weights are in %s, which silently swallows small updates; load them in float32, "
             "and compute in bfloat16 with --bf16 True",

@@ -14,6 +14,7 @@ from transformers.utils import is_torch_tf32_available
 from llm_unlearn.arguments import UnlearnFlags, flag
 from llm_unlearn.data.tokenize import TokenizeOptions
 from llm_unlearn.errors import UserError
+from llm_unlearn.processes import is_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -212,5 +213,5 @@ def _load_config(config):
 
 
 def _say(message):
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         logger.warning(message)

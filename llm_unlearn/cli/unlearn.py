@@ -8,6 +8,7 @@ import time
 
 from llm_unlearn.errors import UserError, run_cli
 from llm_unlearn.parsing import parse
+from llm_unlearn.processes import is_first_process
 
 logger = logging.getLogger("llm_unlearn")
 
@@ -37,10 +38,10 @@ def _main(argv):
     for note in dict.fromkeys(parsed.notes):
         logger.info(note)
     check_trainable(parsed.data.domain)
-    start_model(parsed)
+    start = start_model(parsed)
     _warn_of_start(parsed)
     parsed.args.output_dir = output_directory(parsed.method, parsed.args, parsed.model, parsed.data)
-    check_output_directory(parsed.args, start_model(parsed))
+    check_output_directory(parsed.args, start)
     trainer, sources = build_trainer(parsed)
     _say_what_runs(parsed, trainer)
     if not parsed.args.do_unlearn:
@@ -130,12 +131,12 @@ def build_trainer(parsed):
 
 
 def _train_and_save(parsed, trainer, sources):
-    from llm_unlearn.checkpoints import checkpoints_of, save_final
+    from llm_unlearn.checkpoints import asks_to_resume, checkpoints_of, save_final
     from llm_unlearn.hub import push_checkpoint
     from llm_unlearn.records import as_json, model_card, run_record
 
     args = parsed.args
-    resumes = args.resume_from_checkpoint not in (None, False, "False", "false")
+    resumes = asks_to_resume(args.resume_from_checkpoint)
     if args.overwrite_output_dir and not resumes and args.should_save:
         trainer.stale_checkpoints = tuple(checkpoints_of(args.output_dir))
     started = time.time()
@@ -162,7 +163,7 @@ def _say_what_runs(parsed, trainer):
 
 def _set_up_logging():
     """Log to stderr on the first process; the others say warnings only."""
-    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR
+    level = logging.INFO if is_first_process() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(level)
 

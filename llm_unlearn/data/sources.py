@@ -28,6 +28,12 @@ class Source:
     rows: list
     origins: list = field(default_factory=list)
 
+    @classmethod
+    def single(cls, name, rows, revision):
+        """Return the Source of rows that all come from one place."""
+        origin = {"source": name, "revision": revision, "share": 1.0, "rows": len(rows), "sha256": fingerprint(rows)}
+        return cls(rows, [origin])
+
     @property
     def sha256(self):
         """Fingerprint of all rows in order."""
@@ -114,8 +120,7 @@ def _load_one(spec, max_rows, hub):
             raise UserError(f"'{spec}' is not of the form hub:owner/name[/config]:split[#column]")
         limit = max_rows or STREAMED_ROWS
         rows, revision = hub_rows(match["path"], match["config"], match["split"], match["column"], limit, hub)
-    origin = {"source": spec, "revision": revision, "share": 1.0, "rows": len(rows), "sha256": fingerprint(rows)}
-    return Source(rows, [origin])
+    return Source.single(spec, rows, revision)
 
 
 def hub_rows(path, config, split, column=None, max_rows=None, hub=None):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_unlearn.data.rows import SUFFIXES, check_rows, fingerprint, read_rows
+from llm_unlearn.data.rows import SUFFIXES, check_rows, read_rows
 from llm_unlearn.data.sources import HubOptions, Source, hub_rows, load_source
 from llm_unlearn.errors import MissingSplitError, UserError, unknown_name
 
@@ -137,7 +137,7 @@ def load_split(name, data_args):
         )
     config = None if split.hub == "cais/wmdp-bio-forget-corpus" else split.config
     rows, commit = hub_rows(split.hub, config, split.split, None, limit, hub)
-    return _source(f"hub:{split.hub}/{split.config}:{split.split}", rows, commit)
+    return Source.single(f"hub:{split.hub}/{split.config}:{split.split}", rows, commit)
 
 
 def _resolve(name, split, data_args):
@@ -163,7 +163,7 @@ def _local(split, data_args, limit):
         for suffix in SUFFIXES:
             path = folder / (name + suffix)
             if path.is_file():
-                return _source(str(path), read_rows(path)[:limit], None)
+                return Source.single(str(path), read_rows(path)[:limit], None)
     wanted = " or ".join(f"{name}.{{jsonl,json,csv,parquet}}" for name in split.local_names())
     raise MissingSplitError(f"--data_dir '{folder}' has no {wanted}")
 
@@ -175,9 +175,4 @@ def _demo_split(name, data_args, limit):
     if name not in world:
         return None
     source = f"demo:{data_args.demo_seed}:{name}"
-    return _source(source, check_rows(world[name][:limit], source), None)
-
-
-def _source(name, rows, revision):
-    origin = {"source": name, "revision": revision, "share": 1.0, "rows": len(rows), "sha256": fingerprint(rows)}
-    return Source(rows, [origin])
+    return Source.single(source, check_rows(world[name][:limit], source), None)

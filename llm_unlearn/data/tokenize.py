@@ -180,14 +180,14 @@ def _split_template(template):
 
 def _render_chat(messages, tokenizer, options):
     """Render the turns and find each assistant turn in the text, from the growing prefixes of the conversation."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options.template_kwargs())
+    text = _rendered(messages, tokenizer, options)
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         # Templates need not render an empty conversation, nor prefixes alike.
-        before = _rendered_prefix(messages[:number], tokenizer, options, add_generation_prompt=True)
-        through = _rendered_prefix(messages[: number + 1], tokenizer, options)
+        before = _rendered(messages[:number], tokenizer, options, add_generation_prompt=True)
+        through = _rendered(messages[: number + 1], tokenizer, options)
         if before and text.startswith(before) and text.startswith(through):
             spans.append((len(before), len(through)))
         else:
@@ -195,7 +195,7 @@ def _render_chat(messages, tokenizer, options):
     return text, spans
 
 
-def _rendered_prefix(messages, tokenizer, options, **kwargs):
+def _rendered(messages, tokenizer, options, **kwargs):
     if not messages:
         return ""
     return tokenizer.apply_chat_template(messages, tokenize=False, **options.template_kwargs(), **kwargs)

@@ -76,6 +76,7 @@ class AscentPlusKLDivergenceTrainer(UnlearnTrainer):
 
     args_class = AscentPlusKLDivergenceArguments
     needs_reference = True
+    retain_loss = "kl"
     streams = ("forget", "retain")
 
     def rows_per_anchor(self):
@@ -84,10 +85,6 @@ class AscentPlusKLDivergenceTrainer(UnlearnTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Average each term over the tokens of its stream."""
-        kept = tuple(name for name in inputs if name == "retain")
-        outputs = self.forward(model, inputs, keep_logits=kept)
-        reference = self.reference(inputs, kept, kept) if kept else {}
-        kl = {name: outputs[name].kl_from(reference[name]) for name in kept}
-        return self.total_loss(
-            {"forget": ascent(outputs["forget"].logps), **kl}, outputs, return_outputs, num_items_in_batch
-        )
+        outputs = self.forward(model, inputs)
+        terms = {"forget": ascent(outputs["forget"].logps), "retain": self.retain_term(outputs, inputs)}
+        return self.total_loss(terms, outputs, return_outputs, num_items_in_batch)
