@@ -13,7 +13,8 @@ from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.benchmarks import load_parts
 from llm_unlearn.models import load_model, load_tokenizer
 
-LAYERS, HIDDEN, INTERMEDIATE, HEADS, CONTEXT = 8, 256, 1024, 8, 1024
+LAYERS, HIDDEN, HEAD, CONTEXT = 8, 256, 32, 1024
+_ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 
 
 def load_subject(model, tokenizer, folder):
@@ -45,14 +46,14 @@ def load_tokenizer_alone(path, folder):
     return load_tokenizer(folder)
 
 
-def random_llama(tokenizer):
-    """Return a Llama of 8 layers and hidden size 256 with random weights: 21 million with the vocabulary of GPT-2."""
+def random_llama(tokenizer, hidden_size=HIDDEN):
+    """Return a Llama of 8 layers with random weights: at hidden size 256 21 million with the vocabulary of GPT-2."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=LAYERS,
+        num_attention_heads=max(1, hidden_size // HEAD), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -63,8 +64,9 @@ def _tokenizer_of(path):
 
     try:
         added = json.loads(path.read_text(encoding="utf-8"))["added_tokens"]
-        end = next(token["content"] for token in added if token["special"])
-    except (OSError, ValueError, KeyError, StopIteration) as error:
+        special = [token["content"] for token in added if token["special"]]
+        end = next((name for name in special if name in _ENDS), special[0])
+    except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"--tokenizer '{path}' is no tokenizer.json with a special token") from error
     return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=end)
 
