@@ -1,12 +1,11 @@
-"""From streams to one forward and back: per-token log-probabilities at the positions that count."""
-# Shapes: B sequences, T tokens, V vocabulary, N counted positions.
+"""From streams to one forward and back: which positions count, and what a forward pass says about them."""
+# Shapes: B sequences, T tokens, D hidden size, N counted positions.
 
 from dataclasses import dataclass
 
 import torch
 
 from llm_unlearn.data.tokenize import IGNORED
-from llm_unlearn.objectives.likelihood import kl_divergence, token_logps
 
 
 @dataclass
@@ -16,14 +15,36 @@ class StreamOutput:
     Attributes:
         logps: (B, T-1) log-probability of each token but the first, nats, float32 at least; 0 where it does not count.
         mask: (B, T-1) bool, True where the token counts.
-        logits: (N, V) at the counted positions, row by row; None unless asked for.
         weights: (B, T-1) token weights, or None where all are 1.
+        kl: (B, T-1) divergence from the reference's distribution at each counted token, nats; None unless asked for.
+        entropy: (B, T-1) of the distribution at each counted token, nats; None unless asked for.
     """
 
     logps: torch.Tensor
     mask: torch.Tensor
-    logits: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, stream, logps, kl=None, entropy=None):
+        """Spread values of counted tokens over a stream's rows.
+
+        Args:
+            stream: one stream of an UnlearnBatch.
+            logps, kl, entropy: (N,) in the order of `counted_positions`, or None.
+        Returns:
+            StreamOutput.
+        """
+        mask, weights = counted_positions(stream), stream.get("weights")
+        spread = [None if values is None else scatter(values, mask) for values in (logps, kl, entropy)]
+        return cls(spread[0], mask, None if weights is None else weights[:, 1:], *spread[1:])
+
+    @classmethod
+    def blank(cls, stream):
+        """Return the output of a stream that no forward was spent on: zeros without a gradient."""
+        mask = counted_positions(stream)
+        return cls.of(stream, torch.zeros(int(mask.sum()), device=mask.device))
 
     def sequence_logps(self):
         """(B,) summed log-probability of each sequence, nats; token weights apply."""
@@ -37,14 +58,6 @@ class StreamOutput:
     def counts(self):
         """(2,) float64: sequences with a counted token, and counted tokens (their weights where given)."""
         return _counts(self.mask, self.weights)
-
-    def kl_from(self, reference):
-        """(B, T-1) KL divergence from the reference's distribution to this one at each counted token, nats.
-
-        Args:
-            reference: StreamOutput of the same rows with its logits.
-        """
-        return _scatter(kl_divergence(self.logits, reference.logits), self.mask)
 
 
 def concatenate(inputs, streams, pad_token_id):
@@ -66,31 +79,45 @@ def concatenate(inputs, streams, pad_token_id):
     return stacked("input_ids", pad_token_id), stacked("attention_mask", 0)
 
 
-def split_outputs(logits, inputs, streams, keep_logits=()):
-    """Read each stream's log-probabilities off the logits of the stacked batch.
+def split(stacked, inputs, streams):
+    """Cut what a forward of `concatenate`'s batch returned into the streams' own rows and columns.
 
     Args:
-        logits: (B, T, V) of `concatenate`'s batch; the logits at t predict the token at t + 1.
+        stacked: (B, T, ...) hidden states or logits.
         inputs: UnlearnBatch.
         streams: names, in the order of the stack.
-        keep_logits: names of the streams whose logits at counted positions are wanted.
     Returns:
-        {stream: StreamOutput}.
+        {stream: its part, (its B, its T, ...)}.
     """
-    outputs, first = {}, 0
+    parts, first = {}, 0
     for name in streams:
-        labels = inputs[name]["labels"][:, 1:]
-        mask = labels != IGNORED
-        counted = logits[first : first + len(labels), : labels.shape[1]][mask]
-        first += len(labels)
-        weights = inputs[name].get("weights")
-        outputs[name] = StreamOutput(
-            logps=_scatter(token_logps(counted, labels[mask]), mask),
-            mask=mask,
-            logits=counted if name in keep_logits else None,
-            weights=None if weights is None else weights[:, 1:],
-        )
-    return outputs
+        rows, width = inputs[name]["input_ids"].shape
+        parts[name] = stacked[first : first + rows, :width]
+        first += rows
+    return parts
+
+
+def counted_positions(stream):
+    """Return (B, T-1) bool: at [:, t] whether the token at t + 1, which the state at t predicts, counts."""
+    return stream["labels"][:, 1:] != IGNORED
+
+
+def counted_labels(stream):
+    """Return (N,) int64: the tokens that count, row by row."""
+    return stream["labels"][:, 1:][counted_positions(stream)]
+
+
+def counted_weights(stream):
+    """Return (N,) float32: the weights of the tokens that count, 1 where the stream has none."""
+    mask = counted_positions(stream)
+    if "weights" in stream:
+        return stream["weights"][:, 1:][mask]
+    return torch.ones(int(mask.sum()), device=mask.device)
+
+
+def counted_states(states, stream):
+    """Return (N, D): the states (B, T, D) that predict the tokens that count, row by row."""
+    return states[:, :-1][counted_positions(stream)]
 
 
 def counts(stream):
@@ -102,12 +129,12 @@ def counts(stream):
         (2,) float64 tensor: sequences with a counted token, and counted tokens (their weights where given).
     """
     weights = stream["weights"][:, 1:] if "weights" in stream else None
-    return _counts(stream["labels"][:, 1:] != IGNORED, weights)
+    return _counts(counted_positions(stream), weights)
 
 
-def _counts(mask, weights):
-    tokens = mask.sum() if weights is None else (mask * weights).sum()
-    return torch.stack([mask.any(-1).sum(), tokens]).to(wide_dtype(mask.device))
+def scatter(values, mask):
+    """Put (N,) values where a (B, T) mask is True, row by row, and 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def wide_dtype(device):
@@ -115,5 +142,6 @@ def wide_dtype(device):
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _scatter(values, mask):
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+def _counts(mask, weights):
+    tokens = mask.sum() if weights is None else (mask * weights).sum()
+    return torch.stack([mask.any(-1).sum(), tokens]).to(wide_dtype(mask.device))

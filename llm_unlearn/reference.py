@@ -1,64 +1,159 @@
-"""The frozen reference: the model before unlearning, as a copy that is sharded like the policy, or as adapters off."""
+"""The frozen reference: the model before unlearning, as a cache of its answers, as adapters off, or as a copy."""
+# Shapes: B sequences, T tokens, D hidden size, N counted positions.
 
 import contextlib
 import copy
+import functools
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast, extract_model_from_parallel
 
-from llm_unlearn.head import concatenate, split_outputs
+from llm_unlearn.chunked_head import Projection, compute_dtype
+from llm_unlearn.errors import UserError
+from llm_unlearn.head import concatenate, counted_labels, counted_states, split
+from llm_unlearn.head_reading import HeadReader
 from llm_unlearn.models import LOADED_WITH
+from llm_unlearn.reference_cache import ReferenceCache, fill
+
+MODES = ("live", "adapter_off", "cached")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read off the reference at the counted tokens of a stream.
+
+    Attributes:
+        name: of the cache's files.
+        read: function of (Head, states (B, T, D), stream of an UnlearnBatch) -> (N, ...).
+        settings: whatever else the values depend on, as JSON can hold it; a cache made under others is refused.
+    """
+
+    name: str
+    read: Callable
+    settings: tuple = ()
+
+
+def _read_logps(head, states, stream):
+    return head.scores(counted_states(states, stream), counted_labels(stream))[0]
+
+
+def _read_hidden(head, states, stream):
+    hidden = counted_states(states, stream)
+    return hidden if head.is_dense else hidden.to(compute_dtype(hidden, head.module.weight))
+
+
+LOGPS = Reading("logps", _read_logps)
+"""(N,) log-probability of each counted token, nats."""
+
+HIDDEN = Reading("hidden", _read_hidden)
+"""(N, D) last hidden states, from which the reference's own head makes its exact distributions."""
 
 
 class Reference:
-    """The model as it was before unlearning.
+    """The model as it was before unlearning, asked for what `readings` say.
 
-    Under LoRA it is the policy with its adapters off, and costs no memory. Otherwise it is a frozen copy, made when the
-    trainer is made (so a resumed run compares with the same model) and sharded as the policy is under FSDP2 and ZeRO-3.
+    live: a frozen copy, made when the trainer is made (so a resumed run compares with the same model) and sharded as
+    the policy is under FSDP2 and ZeRO-3. adapter_off: the policy with its LoRA adapters off, which costs no memory.
+    cached: the answers themselves, computed before training for the rows that will be visited, and no second model.
 
     Args:
         trainer: UnlearnTrainer, whose model is not wrapped yet.
+        readings: {stream: Reading}.
+    Raises:
+        UserError: a mode that cannot be had here.
     """
 
-    def __init__(self, trainer):
-        self.trainer = trainer
-        self.adapter_off = is_peft(trainer.model)
-        self.model = None if self.adapter_off else _frozen_copy(trainer)
-        self.is_plain_module = not self.adapter_off and trainer.zero_stage() != 3
+    def __init__(self, trainer, readings):
+        self.trainer, self.readings = trainer, readings
+        self.mode = _mode(trainer)
+        self.model = frozen_copy(trainer) if self.mode == "live" else None
+        self._reader = HeadReader(extract_model_from_parallel(self.model)) if self.mode == "live" else trainer.reader
+        self.projection = _projection(trainer, self) if HIDDEN in readings.values() else None
+        self.cache = None
 
-    def __call__(self, inputs, streams, keep_logits=()):
-        """Score streams under the reference.
+    def prepare(self):
+        """Fill the cache, where there is one, with the rows that training will visit; all processes together.
+
+        Raises:
+            UserError: the cache was made from another model, tokenizer, template or data set.
+        """
+        if self.mode != "cached" or self.cache is not None:
+            return
+        self.cache = ReferenceCache.open(self.trainer, self.readings)
+        visited = self.trainer.visited_rows()
+        missing = self.cache.missing({name: visited[name] for name in self.readings})
+        if any(missing.values()):
+            with self._before_training() as source:
+                fill(self.trainer, self.cache, self.readings, missing, source)
+
+    def discard(self):
+        """Delete the cache of a finished run, unless its place was asked for by name."""
+        if self.cache is not None and not self.trainer.args.reference_cache and self.trainer.args.should_save:
+            self.cache.delete()
+
+    def values(self, inputs, streams):
+        """Return {stream: (N, ...)} of what its Reading says about a batch, without gradients.
 
         Args:
             inputs: UnlearnBatch.
-            streams: names of the streams to score, in one forward.
-            keep_logits: names of the streams whose logits at counted positions are wanted.
-        Returns:
-            {stream: StreamOutput}, without gradients.
+            streams: names, each with a Reading.
         """
-        input_ids, attention_mask = concatenate(inputs, streams, self.trainer.data_collator.pad_token_id)
-        return split_outputs(self.logits(input_ids, attention_mask), inputs, streams, keep_logits)
+        if self.mode != "cached":
+            return self.read(self._reader, self.model, inputs, streams)
+        self.prepare()
+        return {name: self.cache.values(name, inputs[name]) for name in streams}
 
     @torch.no_grad()
-    def logits(self, input_ids, attention_mask):
-        """Return the reference's logits (B, T, V) for (B, T) ids, with dropout off."""
-        with self._running() as model, self.trainer.reference_autocast(self.is_plain_module):
-            return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    def read(self, reader, model, inputs, streams):
+        """Ask a model, or with None the policy with its adapters off, in one forward; as `values` does."""
+        batch = concatenate(inputs, streams, self.trainer.data_collator.pad_token_id)
+
+        def read(head, states):
+            parts = split(states, inputs, streams)
+            return {name: self.readings[name].read(head, parts[name], inputs[name]) for name in streams}
+
+        is_plain = model is not None and self.trainer.zero_stage() != 3
+        with self._running(model) as running, self.trainer.reference_autocast(is_plain):
+            return reader(running, read, *batch)
 
     @contextlib.contextmanager
-    def _running(self):
-        if self.model is not None:
-            yield self.model
+    def _running(self, model):
+        if model is not None:
+            yield model
             return
         policy = self.trainer.model_wrapped
-        peft_model = self.trainer.accelerator.unwrap_model(policy, keep_torch_compile=False)
         was_training = policy.training
         policy.eval()
         try:
-            with peft_model.disable_adapter():
+            with self.trainer.unwrapped(policy).disable_adapter():
                 yield policy
         finally:
             policy.train(was_training)
+
+    @contextlib.contextmanager
+    def _before_training(self):
+        """Yield a function that reads the model before training: the policy itself where it is whole on each process.
+
+        Where it is sharded, a copy is made, sharded as the policy will be, and gone before training begins.
+        """
+        trainer = self.trainer
+        is_whole = trainer.zero_stage() != 3 and trainer.accelerator.distributed_type != DistributedType.FSDP
+        model = trainer.model.to(trainer.args.device) if is_whole else frozen_copy(trainer)
+        reader, was_training = HeadReader(extract_model_from_parallel(model)), model.training
+        model.eval()
+        try:
+            with model.disable_adapter() if is_peft(model) else contextlib.nullcontext():
+                yield functools.partial(self.read, reader, model)
+        finally:
+            model.train(was_training)
+            if not is_whole:
+                if hasattr(model, "destroy"):
+                    model.destroy()
+                del model, reader
+                gc.collect()
 
 
 def is_peft(model):
@@ -66,11 +161,20 @@ def is_peft(model):
     return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
 
 
-def _frozen_copy(trainer):
+def _mode(trainer):
+    """Return what `--reference` asks for, or what suits best: never a second model where one can be avoided."""
+    asked, has_adapters = trainer.args.reference, is_peft(trainer.model)
+    if asked == "adapter_off" and not has_adapters:
+        raise UserError("--reference adapter_off needs adapters to switch off; pass --use_peft True or another mode")
+    return asked or ("adapter_off" if has_adapters else "cached")
+
+
+def frozen_copy(trainer):
+    """Return a frozen copy of the trainer's model in eval mode, sharded as the policy is under FSDP2 and ZeRO-3."""
     accelerator, zero_stage = trainer.accelerator, trainer.zero_stage()
     if zero_stage == 3:
         # A partitioned model cannot be copied; from_pretrained partitions again, all ranks together.
-        source = trainer.model
+        source = trainer.reader.language_model
         how = getattr(source, LOADED_WITH, {"dtype": source.dtype})
         model = type(source).from_pretrained(source.config._name_or_path, **how)
     else:
@@ -99,3 +203,34 @@ def _zero3_engine(model, trainer):
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
+
+
+def _projection(trainer, reference):
+    """Return the reference's head where the policy's own will not do, because it trains; whole on every process.
+
+    A copy that is whole on each process lends its own; where the reference is sharded or cached, one head is kept.
+    """
+    head = trainer.reader.head
+    if not head.trains():
+        return None
+    if reference.mode == "live" and trainer.zero_stage() != 3 and not trainer.is_fsdp2():
+        lent = reference._reader.head.module
+        return Projection(lent.weight, lent.bias)
+    parts = [part for part in (head.module.weight, head.module.bias) if part is not None]
+    with _gathered(parts, trainer.zero_stage()):
+        kept = [part.detach().to(trainer.args.device, copy=True) for part in parts]
+    if trainer.args.world_size > 1:
+        # A loader that spares the host's memory fills the weights of the first process only.
+        kept = [broadcast(part) for part in kept]
+    if trainer.args.autocast_in_forward or trainer.accelerator.mixed_precision == "bf16":
+        # The product runs in bfloat16 anyway: the same numbers in half the memory.
+        kept = [part.to(torch.bfloat16) for part in kept]
+    return Projection(kept[0], kept[1] if len(kept) > 1 else None)
+
+
+def _gathered(parts, zero_stage):
+    if zero_stage != 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parts)

@@ -1,30 +1,21 @@
 """UnlearnTrainer: the toolbox that every method composes in its `compute_loss`."""
 # Shapes: B sequences, T tokens, N counted positions.
 
-import contextlib
-import logging
-import os
-
 import torch
-from accelerate.utils import DistributedType
 
 from llm_unlearn.callbacks import FiniteGradients, PlanEpoch, WarmupWarning
-from llm_unlearn.checkpoints import CheckpointedTrainer
-from llm_unlearn.data.plan import BatchPlan
-from llm_unlearn.data.rows import check_rows, read_rows
-from llm_unlearn.data.streams import UnlearnCollator, UnlearnDataset, pad_id
+from llm_unlearn.data.streams import UnlearnCollator, pad_id
 from llm_unlearn.errors import NonFiniteError, UserError
 from llm_unlearn.evaluation.likelihood import stream_likelihoods
-from llm_unlearn.head import concatenate, counts, split_outputs, wide_dtype
+from llm_unlearn.head import StreamOutput, wide_dtype
+from llm_unlearn.head_reading import HeadReader, score_streams
 from llm_unlearn.objectives.likelihood import nll
-from llm_unlearn.processes import is_first_process
-from llm_unlearn.reference import Reference
+from llm_unlearn.reference import HIDDEN, LOGPS, Reference
+from llm_unlearn.stream_trainer import StreamTrainer, padding_multiple, warn_of_low_precision
 from llm_unlearn.training_arguments import UnlearnArguments
 
-logger = logging.getLogger(__name__)
 
-
-class UnlearnTrainer(CheckpointedTrainer):
+class UnlearnTrainer(StreamTrainer):
     """Base of every method: streams in, named terms out, one global normalization.
 
     A method overrides `compute_loss` and sets the class attributes. A term that `total_loss` gets has one value per
@@ -39,6 +30,8 @@ class UnlearnTrainer(CheckpointedTrainer):
         retain_loss: the retain term of a method that leaves no choice; None takes `--retain_loss`.
         suite: what `evaluate` scores besides, an `evaluation.in_training.TrainingSuite` or None.
         pooled: divide every term by the sequences of all streams together, instead of its own.
+        token_terms: streams whose term is one number times each token's log-probability or divergence (or token weight
+            times it); the head then takes their gradient in the forward. Only speed depends on it.
 
     Args:
         model: a causal language model, plain or with PEFT adapters, or the name of one.
@@ -54,10 +47,8 @@ class UnlearnTrainer(CheckpointedTrainer):
 
     args_class = UnlearnArguments
     needs_reference = False
-    streams = ("forget",)
-    optional_streams = ()
+    token_terms = ("retain",)
     pooled = False
-    retain_loss = None
     suite = None
     loss_is_scaled_for_ga = True
 
@@ -71,12 +62,13 @@ class UnlearnTrainer(CheckpointedTrainer):
             from llm_unlearn.models import load_model
 
             model = load_model(model)
-        _warn_of_low_precision(model)
+        warn_of_low_precision(model)
         self.tokenize_options = args.tokenize_options(getattr(model.config, "max_position_embeddings", None))
+        filler = 0 if processing_class is None else pad_id(processing_class)
         super().__init__(
             model=model,
             args=args,
-            data_collator=UnlearnCollator(0 if processing_class is None else pad_id(processing_class)),
+            data_collator=UnlearnCollator(filler, padding_multiple(args.device)),
             train_dataset=self._training_streams(train_dataset, processing_class, args),
             eval_dataset=self._tokenized(eval_dataset, processing_class),
             processing_class=processing_class,
@@ -85,66 +77,75 @@ class UnlearnTrainer(CheckpointedTrainer):
         )
         # The division by the counts is ours (total_loss); with both set no transformers 5 divides again.
         self.model_accepts_loss_kwargs = True
-        self.plan = None
-        self._frozen_reference = Reference(self) if self.reference_needed(args) else None
+        self._keep_outputs_wide()
+        self._asked = (None, None)
+        self.reader = HeadReader(self.model)
+        readings = self.reference_readings(args)
+        if not readings and (args.reference or args.reference_cache):
+            raise UserError(f"--reference has no effect: {type(self).__name__} compares with none in this run")
+        self._frozen_reference = Reference(self, readings) if readings else None
         self.reset_terms(0)
 
     # ---- What a method declares ----
 
-    @classmethod
-    def streams_for(cls, args):
-        """Return the streams that a run with these arguments reads; a retain term of weight zero reads none."""
-        skips = cls.retain_loss_for(args) == "none" or getattr(args, "retain_weight", 1) == 0
-        return tuple(name for name in cls.streams if not (name == "retain" and skips))
-
-    def reference_needed(self, args):
-        """Return whether a run with these arguments compares with the frozen reference."""
-        return self.needs_reference or (self.retain_loss_for(args) == "kl" and "retain" in self.streams_for(args))
-
-    @classmethod
-    def retain_loss_for(cls, args):
-        """Return which retain term runs with these arguments: nll, kl or none."""
-        return cls.retain_loss or getattr(args, "retain_loss", "nll")
-
-    def rows_per_anchor(self):
-        """Return {stream: rows for each row of the anchor}; 1 where missing."""
-        return {}
-
-    def prepare_streams(self, streams, tokenizer, args):
-        """Change tokenized streams before training, for example their labels; returns {stream: examples}."""
-        return streams
+    def reference_readings(self, args):
+        """Return {stream: reference.Reading}: what a run with these arguments asks the frozen reference."""
+        readings = {"forget": LOGPS} if self.needs_reference and self.weight_of("forget", args) else {}
+        if self.retain_loss_for(args) == "kl" and "retain" in self.streams_for(args):
+            readings["retain"] = HIDDEN
+        return readings
 
     # ---- What a method composes ----
 
-    def forward(self, model, inputs, streams=None, keep_logits=()):
+    def forward(self, model, inputs, streams=None, entropy=()):
         """Score streams under the model in one forward.
 
         Args:
             model: the wrapped model that `compute_loss` was given.
             inputs: UnlearnBatch.
             streams: names; None scores all that `inputs` holds.
-            keep_logits: names of the streams whose distributions are compared later (`StreamOutput.kl_from`).
+            entropy: names of the streams whose entropy is wanted.
         Returns:
-            {stream: StreamOutput}.
+            {stream: StreamOutput}, with `kl` where the retain term is a divergence; zeros for a stream of weight 0.
         """
         streams = tuple(streams or inputs)
-        if self.retain_loss_for(self.args) == "kl" and "retain" in streams:
-            keep_logits = {*keep_logits, "retain"}
-        input_ids, attention_mask = concatenate(inputs, streams, self.data_collator.pad_token_id)
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return split_outputs(logits, inputs, streams, keep_logits)
+        running = tuple(name for name in streams if self._runs(name))
+        outputs = {name: StreamOutput.blank(inputs[name]) for name in streams if name not in running}
+        if running:
+            hidden = {}
+            if "retain" in running and self.retain_loss_for(self.args) == "kl":
+                hidden = {"retain": self._ask_reference(inputs)["retain"]}
+            outputs |= score_streams(
+                self.reader, model, inputs, running, self.data_collator.pad_token_id, entropy=entropy,
+                linear=self.token_terms, ref_hidden=hidden,
+                ref_projection=self._frozen_reference.projection if hidden else None,
+            )  # fmt: skip
+        return {name: outputs[name] for name in streams}
 
-    def reference(self, inputs, streams=("forget",), keep_logits=()):
-        """Score streams under the frozen reference; {stream: StreamOutput}, no gradient."""
-        return self._frozen_reference(inputs, streams, keep_logits)
+    def reference(self, inputs, streams=("forget",)):
+        """Score streams under the frozen reference; {stream: StreamOutput}, no gradient, zeros for weight 0.
+
+        Args:
+            inputs: UnlearnBatch.
+            streams: names, which `reference_readings` gives `LOGPS`.
+        Raises:
+            ValueError: a stream that `reference_readings` does not name.
+        """
+        readings = self._frozen_reference.readings if self._frozen_reference else {}
+        unread = [name for name in streams if self._runs(name) and readings.get(name) is not LOGPS]
+        if unread:
+            raise ValueError(f"reference_readings of {type(self).__name__} does not give {unread[0]} the reading LOGPS")
+        found = self._ask_reference(inputs)
+        return {
+            name: StreamOutput.of(inputs[name], found[name]) if name in found else StreamOutput.blank(inputs[name])
+            for name in streams
+        }
 
     def retain_term(self, outputs, inputs):
         """Return the retain values (B, T) that `--retain_loss` asks for, or None where the run has no retain stream."""
         if "retain" not in outputs:
             return None
-        if self.retain_loss_for(self.args) == "kl":
-            return outputs["retain"].kl_from(self.reference(inputs, ("retain",), ("retain",))["retain"])
-        return nll(outputs["retain"].logps)
+        return outputs["retain"].kl if self.retain_loss_for(self.args) == "kl" else nll(outputs["retain"].logps)
 
     def total_loss(self, terms, outputs, return_outputs=False, num_items_in_batch=None):
         """Weigh, normalize and log the named terms.
@@ -162,60 +163,32 @@ class UnlearnTrainer(CheckpointedTrainer):
         standalone = num_items_in_batch is None
         own = {name: output.counts().clamp(min=1) for name, output in outputs.items()}
         items = own if standalone else num_items_in_batch
-        loss = 0.0
+        loss, self._asked = 0.0, (None, None)
         for name, values in terms.items():
-            if values is None:
+            if values is None or not self._runs(name):
                 continue
             total, column = _summed(values, outputs[name])
             divisor = items[name][column]
             self._log_term(name, total.detach() / divisor, standalone)
             if self.pooled:
                 divisor = sum(items[other][column] for other, given in terms.items() if given is not None)
-            loss = loss + getattr(self.args, f"{name}_weight", 1.0) * total / divisor
+            loss = loss + self.weight_of(name) * total / divisor
         loss = loss * (1 if standalone else self.accelerator.num_processes)
         self._require_finite(loss)
         return (loss, outputs) if return_outputs else loss
 
     # ---- The Trainer's own hooks ----
 
-    def get_train_dataloader(self):
-        """Return the loader over the plan of batches, which is cut by rank already and not to be prepared."""
-        args = self.args
-        if self.train_dataset is None:
-            raise UserError(f"{type(self).__name__} was given no train_dataset")
-        self.plan = BatchPlan(
-            self.train_dataset.sizes,
-            args.data_seed if args.data_seed is not None else args.seed,
-            args.per_device_train_batch_size,
-            args.world_size,
-            args.process_index,
-            self.rows_per_anchor(),
-        )
-        return torch.utils.data.DataLoader(
-            self.train_dataset,
-            batch_sampler=self.plan,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            pin_memory=args.dataloader_pin_memory,
-            # The epoch is set on the plan in this process, which kept workers would not see.
-            persistent_workers=False,
-        )
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Ask a cached reference while the model is still what it was, then train; see CheckpointedTrainer.train."""
+        if self._frozen_reference is not None and self.train_dataset is not None:
+            self._frozen_reference.prepare()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Fetch the micro-batches of one optimizer step, with what they count on all processes together."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        if not batches:
-            return batches, None
-        names = list(batches[0])
-        local = torch.stack([sum(counts(batch[name]) for batch in batches) for name in names])
-        local = local.to(device, wide_dtype(device))
-        summed = self.accelerator.reduce(local, "sum")
-        return batches, dict(zip(names, summed.clamp(min=1), strict=True))
-
-    def floating_point_ops(self, inputs):
-        """Return the floating-point operations of one micro-batch, all streams together."""
-        return sum(super(UnlearnTrainer, self).floating_point_ops(stream) for stream in inputs.values())
+    def discard_reference_cache(self):
+        """Delete the answers of a cached reference, once the model is finished."""
+        if self._frozen_reference is not None:
+            self._frozen_reference.discard()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Report the plain NLL (nats per token) and probability of every evaluation set, sharded over the processes.
@@ -254,48 +227,18 @@ class UnlearnTrainer(CheckpointedTrainer):
         """Start the averages of the logged terms anew at a step."""
         self._term_sums, self._terms_since = {}, step
 
-    # ---- Backends ----
-
-    def zero_stage(self):
-        """Return the ZeRO stage that runs, 0 without DeepSpeed."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None) if self.is_deepspeed_enabled else None
-        return plugin.zero_stage if plugin is not None else 0
-
-    def is_fsdp2(self):
-        """Return whether FSDP2 (and not FSDP1) runs."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        return plugin is not None and plugin.fsdp_version == 2
-
-    def reference_autocast(self, is_plain_module):
-        """Return the context of a reference forward; wrapped models and DeepSpeed engines bring their own."""
-        if not is_plain_module:
-            return contextlib.nullcontext()
-        if self.args.autocast_in_forward:
-            return torch.autocast(self.args.device.type, torch.bfloat16)
-        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        return contextlib.nullcontext() if is_deepspeed else self.accelerator.autocast()
-
     # ---- Private ----
 
-    def _training_streams(self, train_dataset, tokenizer, args):
-        if train_dataset is None:
-            return None
-        is_ready = isinstance(train_dataset, UnlearnDataset)
-        given = train_dataset.streams if is_ready else _by_stream(train_dataset)
-        needed = self.streams_for(args)
-        missing = [name for name in needed if name not in given]
-        if missing:
-            raise UserError(f"{type(self).__name__} needs a {missing[0]} set, but was given {list(given)}")
-        wanted = [*needed, *(name for name in self.optional_streams if name in given)]
-        chosen = {name: given[name] for name in wanted}
-        streams = chosen if is_ready else self._tokenized(chosen, tokenizer).streams
-        return UnlearnDataset(self.prepare_streams(streams, tokenizer, args))
+    def _runs(self, stream):
+        """Return whether a stream's term is computed now: its weight is not 0, and no other stream has its turn."""
+        return self.weight_of(stream) != 0 and self._only in (None, stream)
 
-    def _tokenized(self, data, tokenizer):
-        if data is None or isinstance(data, UnlearnDataset):
-            return data
-        rows = {name: _as_rows(part, name) for name, part in _by_stream(data).items()}
-        return UnlearnDataset.from_rows(rows, tokenizer, self.tokenize_options)
+    def _ask_reference(self, inputs):
+        """Return {stream: values} of the reference on a batch, asked in one forward and once for all who want it."""
+        if self._asked[0] is not inputs:
+            streams = [name for name in self._frozen_reference.readings if name in inputs and self._runs(name)]
+            self._asked = inputs, self._frozen_reference.values(inputs, streams) if streams else {}
+        return self._asked[1]
 
     def _log_term(self, name, value, standalone):
         if not standalone and self.model.training:
@@ -304,26 +247,6 @@ class UnlearnTrainer(CheckpointedTrainer):
     def _require_finite(self, loss):
         if not torch.isfinite(self.accelerator.reduce(loss.detach().clone(), "sum")):
             raise NonFiniteError(self.non_finite_message("the loss"))
-
-
-def _warn_of_low_precision(model):
-    low = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
-    if low and is_first_process():
-        logger.warning(
-            "the trained weights are in %s, which silently swallows small updates; load them in float32, "
-            "and compute in bfloat16 with --bf16 True",
-            " and ".join(str(dtype).removeprefix("torch.") for dtype in low),
-        )
-
-
-def _by_stream(data):
-    return data if isinstance(data, dict) else {"forget": data}
-
-
-def _as_rows(data, name):
-    if isinstance(data, (str, os.PathLike)):
-        return read_rows(data)
-    return check_rows((dict(row) for row in data), f"the {name} set")
 
 
 def _summed(values, output):

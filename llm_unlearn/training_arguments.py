@@ -77,9 +77,18 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, but is {getattr(self, name)}")
-        for name in ("forget_weight", "retain_weight"):
-            if not 0 <= getattr(self, name, 1.0) < math.inf:
-                raise UserError(f"--{name} must be at least 0, and finite, but is {getattr(self, name)}")
+        weights = {name: getattr(self, name) for name in ("forget_weight", "retain_weight") if hasattr(self, name)}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise UserError(f"--{name} must be at least 0, and finite, but is {weight}")
+        if weights and not any(weights.values()):
+            raise UserError(f"{' and '.join(f'--{name}' for name in weights)} are 0, so that nothing would be trained")
+        if self.max_retain_rows is not None and self.max_retain_rows < 1:
+            raise UserError(f"--max_retain_rows must be at least 1, but is {self.max_retain_rows}")
+        if self.reference not in (None, "live", "adapter_off", "cached"):
+            raise UserError(f"--reference must be live, adapter_off or cached, but is '{self.reference}'")
+        if self.reference_cache and self.reference not in (None, "cached"):
+            raise UserError(f"--reference_cache has no effect with --reference {self.reference}")
         if self.seed < 0:
             raise UserError(f"--seed must not be negative, but is {self.seed}")
         if self.max_length is not None and self.max_length < 1:

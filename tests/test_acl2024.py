@@ -143,7 +143,8 @@ def test_ascent_gradients_are_the_negated_descent_gradients(tiny_world, tmp_path
     from llm_unlearn.methods.gradient_ascent import GradientAscentTrainer
     from llm_unlearn.training_arguments import UnlearnArguments
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_world["model"]).eval()
+    # float64: in float32 the memorized tokens' p - 1 cancels to a few digits, in another order on either side.
+    model = AutoModelForCausalLM.from_pretrained(tiny_world["model"]).double().eval()
     rows = [{"input_ids": [5, 9, 14, 7, 30, 2], "labels": [-100, -100, 14, 7, 30, 2]}]
     data = UnlearnDataset({"forget": rows})
     trainer = GradientAscentTrainer(model=model, args=UnlearnArguments(output_dir=str(tmp_path)), train_dataset=data)
@@ -152,8 +153,8 @@ def test_ascent_gradients_are_the_negated_descent_gradients(tiny_world, tmp_path
     ascent = {name: value.grad.clone() for name, value in model.named_parameters()}
     model.zero_grad()
     stream = batch["forget"]
-    model(
-        input_ids=stream["input_ids"], attention_mask=stream["attention_mask"], labels=stream["labels"]
-    ).loss.backward()
+    # transformers' own loss would round the logits to float32.
+    logits = model(input_ids=stream["input_ids"], attention_mask=stream["attention_mask"]).logits
+    torch.nn.functional.cross_entropy(logits[0, :-1], stream["labels"][0, 1:]).backward()
     for name, value in model.named_parameters():
-        assert torch.allclose(-value.grad, ascent[name], rtol=1e-5, atol=1e-7)
+        assert torch.allclose(-value.grad, ascent[name], rtol=1e-9, atol=1e-12)

@@ -66,9 +66,9 @@ def section(method):
 
 def reference(trainer):
     """Return when a method needs the frozen reference."""
-    if "reference_needed" in vars(trainer):
-        return inspect.getdoc(trainer.reference_needed)
-    if trainer.needs_reference:
+    if "reference_readings" in vars(trainer):
+        return inspect.getdoc(trainer.reference_readings)
+    if trainer.needs_reference or trainer.retain_loss == "kl":
         return "needed"
     return "with `--retain_loss kl`" if issubclass(trainer.args_class, RetainArguments) else "not needed"
 

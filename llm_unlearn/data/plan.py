@@ -6,6 +6,9 @@ from functools import lru_cache
 import torch
 
 FILLER = -1
+WINDOW_STEPS = 32
+"""Optimizer steps whose rows are ordered by length together: TOFU pads 1.06 tokens for each of its own then."""
+
 _STREAM_SEEDS = 1_000_003
 
 
@@ -18,6 +21,10 @@ class BatchPlan(torch.utils.data.Sampler):
     zero-weight rows (number -1), never with repeated ones. Accelerate must not prepare the loader: the plan has cut
     it already.
 
+    With `lengths`, the rows of every stream are ordered by length inside windows of whole steps, so that long rows meet
+    long ones and little is padded; the steps of a window then come in a random order. Which rows are in a window is
+    random as before, and neither windows nor steps depend on how a step is cut.
+
     Args:
         sizes: {stream: number of rows}, the anchor first.
         seed: of all permutations.
@@ -25,15 +32,24 @@ class BatchPlan(torch.utils.data.Sampler):
         world_size: number of processes.
         rank: of this process.
         ratio: {stream: rows per anchor row}; 1 where missing.
+        accumulation: micro-batches of an optimizer step on each process.
+        lengths: {stream: tokens of each row}, or None to leave rows in random order.
+        window_steps: optimizer steps in a window.
     """
 
-    def __init__(self, sizes, seed, batch_size, world_size=1, rank=0, ratio=None):
+    def __init__(
+        self, sizes, seed, batch_size, world_size=1, rank=0, ratio=None, accumulation=1, lengths=None,
+        window_steps=WINDOW_STEPS,
+    ):  # fmt: skip
         self.sizes, self.seed, self.batch_size = dict(sizes), seed, batch_size
         self.world_size, self.rank = world_size, rank
         self.ratio = {name: (ratio or {}).get(name, 1) for name in self.sizes}
         self.anchor = next(iter(self.sizes))
+        self.lengths, self.window_steps = lengths, window_steps
+        self.step_rows = batch_size * world_size * accumulation
         self.epoch = 0
         self.is_finished = False
+        self._window = lru_cache(maxsize=4 * len(self.sizes))(self._ordered_window)
 
     def set_epoch(self, epoch):
         """Choose the epoch that the next iteration yields."""
@@ -64,13 +80,55 @@ class BatchPlan(torch.utils.data.Sampler):
                 rows += [(stream, row) for row in self._rows(stream, epoch, slot)]
         return rows
 
+    def visited(self, num_batches):
+        """Return {stream: sorted row numbers} that all processes together read in so many micro-batches of each.
+
+        Args:
+            num_batches: micro-batches of one process, counted through the epochs.
+        """
+        found = {stream: set() for stream in self.sizes}
+        for count in range(num_batches):
+            epoch, number = divmod(count, len(self))
+            for rank in range(self.world_size):
+                for stream, row in self.batch(epoch, number, rank):
+                    found[stream].add(row)
+        return {stream: sorted(rows - {FILLER}) for stream, rows in found.items()}
+
     def _rows(self, stream, epoch, slot):
-        anchor_size, size, ratio = self.sizes[self.anchor], self.sizes[stream], self.ratio[stream]
-        if slot >= anchor_size:
+        ratio = self.ratio[stream]
+        if slot >= self.sizes[self.anchor]:
             return [FILLER] * ratio
+        if self.lengths is None:
+            return self._drawn(stream, epoch, range(slot, slot + 1))
+        window, place = divmod(slot, self.window_steps * self.step_rows)
+        if slot >= self._whole_steps():
+            window, place = None, slot - self._whole_steps()
+        return self._window(stream, epoch, window)[place * ratio : (place + 1) * ratio]
+
+    def _whole_steps(self):
+        """Return how many slots of an epoch fill whole steps; the rest is a window of its own, and comes last."""
+        return self.sizes[self.anchor] // self.step_rows * self.step_rows
+
+    def _ordered_window(self, stream, epoch, window):
+        """Return the rows of a window, longest first in a step, the steps shuffled; None is the last, short step."""
+        size, whole = self.window_steps * self.step_rows, self._whole_steps()
+        if window is None:
+            slots, windows = range(whole, self.sizes[self.anchor]), whole
+        else:
+            slots, windows = range(window * size, min((window + 1) * size, whole)), window
+        rows = sorted(self._drawn(stream, epoch, slots), key=lambda row: -self.lengths[stream][row])
+        step = self.step_rows * self.ratio[stream]
+        steps = [rows[first : first + step] for first in range(0, len(rows), step)]
+        order = permutation(self.seed, "steps", epoch * (whole + 1) + windows, len(steps))
+        return [row for number in order for row in steps[number]]
+
+    def _drawn(self, stream, epoch, slots):
+        """Return the rows that the permutations deal to slots of an epoch."""
+        anchor_size, size, ratio = self.sizes[self.anchor], self.sizes[stream], self.ratio[stream]
         if stream == self.anchor:
-            return [permutation(self.seed, stream, epoch, size)[slot]]
-        positions = range((epoch * anchor_size + slot) * ratio, (epoch * anchor_size + slot + 1) * ratio)
+            order = permutation(self.seed, stream, epoch, size)
+            return [order[slot] for slot in slots]
+        positions = range((epoch * anchor_size + slots.start) * ratio, (epoch * anchor_size + slots.stop) * ratio)
         return [permutation(self.seed, stream, position // size, size)[position % size] for position in positions]
 
 
@@ -90,3 +148,9 @@ def permutation(seed, stream, cycle, size):
     for byte in f"{stream}:{cycle}".encode():
         mixed = (mixed * _STREAM_SEEDS + byte) % 2**63
     return torch.randperm(size, generator=torch.Generator().manual_seed(mixed)).tolist()
+
+
+def drawn_rows(rows, count, seed):
+    """Return so many of the rows, drawn without replacement by the seed, in their order."""
+    chosen = permutation(seed, "drawn", 0, len(rows))[:count]
+    return [rows[number] for number in sorted(chosen)]

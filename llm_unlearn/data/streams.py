@@ -2,11 +2,12 @@
 # Shapes: B sequences, T tokens.
 
 import functools
+import os
 
 import torch
 
 from llm_unlearn.data.plan import FILLER
-from llm_unlearn.data.rows import fingerprint
+from llm_unlearn.data.rows import check_rows, fingerprint, read_rows
 from llm_unlearn.data.tokenize import IGNORED, TokenizeOptions, tokenize_rows
 
 UnlearnBatch = dict[str, dict[str, torch.Tensor]]
@@ -38,6 +39,37 @@ class UnlearnDataset(torch.utils.data.Dataset):
         """
         options = options or TokenizeOptions()
         return cls({name: tokenize_rows(part, tokenizer, options, name) for name, part in rows.items()})
+
+    @classmethod
+    def of(cls, data, tokenizer, options=None):
+        """Tokenize data in any form that a trainer takes.
+
+        Args:
+            data: UnlearnDataset, {stream: rows} or rows of the forget set; rows are a list of dicts, a file or a
+                datasets.Dataset.
+            tokenizer: a transformers tokenizer.
+            options: TokenizeOptions.
+        Returns:
+            UnlearnDataset.
+        Raises:
+            UserError: see `check_rows` and `tokenize_rows`.
+        """
+        if isinstance(data, cls):
+            return data
+        rows = {name: _as_rows(part, name) for name, part in cls.by_stream(data).items()}
+        return cls.from_rows(rows, tokenizer, options)
+
+    @classmethod
+    def by_stream(cls, data):
+        """Return {stream: rows} of data in any form; bare rows are the forget set."""
+        if isinstance(data, cls):
+            return data.streams
+        return data if isinstance(data, dict) else {"forget": data}
+
+    @property
+    def lengths(self):
+        """{stream: tokens of each sequence}."""
+        return {name: [len(row["input_ids"]) for row in rows] for name, rows in self.streams.items()}
 
     @property
     def sizes(self):
@@ -127,6 +159,12 @@ class UnlearnCollator:
             rows = [{"weights": [1.0] * len(row["input_ids"]), **row} for row in rows]
             batch["weights"] = padded("weights", 0.0, torch.float32)
         return batch
+
+
+def _as_rows(data, name):
+    if isinstance(data, (str, os.PathLike)):
+        return read_rows(data)
+    return check_rows((dict(row) for row in data), f"the {name} set")
 
 
 def pad_id(tokenizer):

@@ -4,7 +4,8 @@ import torch
 
 from llm_unlearn.data.plan import FILLER
 from llm_unlearn.data.streams import UnlearnDataset
-from llm_unlearn.head import split_outputs, wide_dtype
+from llm_unlearn.head import wide_dtype
+from llm_unlearn.head_reading import score_streams
 
 
 @torch.no_grad()
@@ -44,10 +45,7 @@ def _sums(trainer, model, name, rows):
         mine += [FILLER] * (size - len(mine)) if args.world_size > 1 else []
         batch = trainer.data_collator([dataset[(name, row)] for row in mine])
         batch = trainer._prepare_inputs(batch)
-        stream = batch[name]
-        inputs = {"input_ids": stream["input_ids"], "attention_mask": stream["attention_mask"]}
-        logits = model(**inputs, use_cache=False).logits
-        output = split_outputs(logits, batch, (name,))[name]
+        output = score_streams(trainer.reader, model, batch, (name,), trainer.data_collator.pad_token_id)[name]
         counted = output.mask.any(-1)
         sums += torch.stack(
             [

@@ -51,6 +51,7 @@ class AscentPlusDescentTrainer(UnlearnTrainer):
 
     args_class = AscentPlusDescentArguments
     streams = ("forget", "retain")
+    token_terms = ()
     pooled = True
 
     def rows_per_anchor(self):
@@ -75,9 +76,9 @@ class AscentPlusKLDivergenceTrainer(UnlearnTrainer):
     """
 
     args_class = AscentPlusKLDivergenceArguments
-    needs_reference = True
     retain_loss = "kl"
     streams = ("forget", "retain")
+    token_terms = ("forget", "retain")
 
     def rows_per_anchor(self):
         """`--positive_ratio` retain rows for each forget row."""

@@ -11,6 +11,7 @@ class FinetuneTrainer(UnlearnTrainer):
     """
 
     optional_streams = ("retain",)
+    token_terms = ("train",)
 
     def prepare_streams(self, streams, tokenizer, args):
         """Join the sets, so that an epoch sees each row of both once."""

@@ -22,6 +22,7 @@ class GradDiffTrainer(UnlearnTrainer):
 
     args_class = GradDiffArguments
     streams = ("forget", "retain")
+    token_terms = ("forget", "retain")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Average both terms over the tokens of the step."""

@@ -10,6 +10,8 @@ class GradientAscentTrainer(UnlearnTrainer):
     Source: Yao et al. 2024, arXiv:2402.15159; Jang et al. 2022, arXiv:2210.01504.
     """
 
+    token_terms = ("forget",)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Average the log-likelihood over the forget tokens of the step."""
         outputs = self.forward(model, inputs)

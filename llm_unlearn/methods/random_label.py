@@ -9,8 +9,10 @@ from llm_unlearn.arguments import flag
 from llm_unlearn.data.streams import UnlearnCollator
 from llm_unlearn.data.tokenize import IGNORED
 from llm_unlearn.errors import UserError
+from llm_unlearn.head import counted_positions
 from llm_unlearn.objectives.labels import gumbel_noise, random_labels, sampled_labels
 from llm_unlearn.objectives.likelihood import nll
+from llm_unlearn.reference import Reading
 from llm_unlearn.trainer import UnlearnTrainer
 from llm_unlearn.training_arguments import UnlearnArguments
 
@@ -51,10 +53,18 @@ class RandomLabelTrainer(UnlearnTrainer):
     """
 
     args_class = RandomLabelArguments
+    token_terms = ("forget",)
 
-    def reference_needed(self, args):
+    def reference_readings(self, args):
         """Sampled labels need it, unless the rows bring theirs."""
-        return not args.completely_random and not self._has_labels()
+        if args.completely_random or self._has_labels():
+            return {}
+
+        def read(head, states, stream):
+            return sample_from(_LazyLogits(head, states), stream, args)[:, 1:][counted_positions(stream)]
+
+        drawn_by = (args.seed, args.top_k, args.top_p, args.rm_groundtruth, args.legacy_shift)
+        return {"forget": Reading("labels", read, drawn_by)}
 
     def prepare_streams(self, streams, tokenizer, args):
         """Draw the uniform labels, once."""
@@ -66,8 +76,9 @@ class RandomLabelTrainer(UnlearnTrainer):
         """Average the negative log-likelihood of the wrong labels over the tokens of the step."""
         if self._frozen_reference is not None:
             stream = inputs["forget"]
-            logits = self._frozen_reference.logits(stream["input_ids"], stream["attention_mask"])
-            inputs = {**inputs, "forget": {**stream, "labels": sample_from(logits, stream, self.args)}}
+            counted = torch.nn.functional.pad(counted_positions(stream), (1, 0))
+            labels = stream["labels"].masked_scatter(counted, self._ask_reference(inputs)["forget"])
+            inputs = {**inputs, "forget": {**stream, "labels": labels}}
         outputs = self.forward(model, inputs)
         return self.total_loss({"forget": nll(outputs["forget"].logps)}, outputs, return_outputs, num_items_in_batch)
 
@@ -75,6 +86,17 @@ class RandomLabelTrainer(UnlearnTrainer):
         return self.train_dataset is not None and any(
             "relabeled" in row for row in self.train_dataset.streams["forget"]
         )
+
+
+class _LazyLogits:
+    """Logits (B, T, V) that are made where they are looked at: at some positions of one row."""
+
+    def __init__(self, head, states):
+        self.head, self.states = head, states
+        self.device = states.device
+
+    def __getitem__(self, place):
+        return self.head.logits(self.states[place])
 
 
 def draw_uniform(rows, tokenizer, seed):

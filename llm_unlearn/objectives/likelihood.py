@@ -84,5 +84,19 @@ def token_logps(logits, labels):
     return _log_softmax(logits).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
+def token_entropy(logits):
+    """Entropy of each predicted distribution, in float32 at least.
+
+        H_n = -sum_v p(v) * log p(v)
+
+    Args:
+        logits: (N, V).
+    Returns:
+        (N,) nats, between 0 and log V.
+    """
+    logps = _log_softmax(logits)
+    return -(logps.exp() * logps).sum(-1)
+
+
 def _log_softmax(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -1,0 +1,264 @@
+"""Reading a model's answers where its head stands, inside the forward of the wrapped model."""
+# Shapes: B sequences, T tokens, D hidden size, V vocabulary, N positions, C positions of a chunk.
+
+import contextlib
+import logging
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from llm_unlearn.chunked_head import Projection, chunk_rows, token_scores
+from llm_unlearn.head import (
+    StreamOutput,
+    concatenate,
+    counted_labels,
+    counted_positions,
+    counted_states,
+    counted_weights,
+    split,
+)
+from llm_unlearn.objectives.likelihood import kl_divergence, token_entropy, token_logps
+
+logger = logging.getLogger(__name__)
+_PROBE_TOKENS = 8
+
+
+class HeadReader:
+    """Runs a model and reads it at its head: the head's place is taken by a function of the hidden states.
+
+    It runs inside the wrapped model's own forward, where sharded weights are gathered and where FSDP2 and ZeRO-3 learn
+    that the head will be needed in the backward; a head called from outside raises there. The function makes what is
+    wanted at the positions that count, so that logits of all tokens never exist.
+
+    What some models do to their logits afterwards (softcap, scale) is known to `Head`. A first forward of a few tokens
+    finds out whether that is all; where it is not, the function reads the model's own logits instead.
+
+    Args:
+        model: causal language model, not wrapped but for PEFT.
+    """
+
+    def __init__(self, model):
+        self.language_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.head = Head(self.language_model)
+        self.is_probed = False
+
+    def __call__(self, model, read, input_ids, attention_mask):
+        """Run the model and return what `read` made of its hidden states.
+
+        Args:
+            model: the wrapped model.
+            read: function of (Head, hidden states (B, T, D)); with gradients enabled it must return one tensor.
+            input_ids: (B, T).
+            attention_mask: (B, T).
+        Returns:
+            what `read` returned; a tensor comes back as the wrapped model's own output, with its gradient.
+        """
+        if not self.is_probed:
+            self._probe(model, input_ids, attention_mask)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self.head.is_dense:
+            return read(self.head, model(**inputs).logits)
+        with self._replaced(read) as found:
+            output = model(**inputs).logits
+        return output if torch.is_grad_enabled() else found[0]
+
+    @contextlib.contextmanager
+    def _replaced(self, read):
+        """Let `read` stand in for the head, and its result for the logits, whatever the model does to them."""
+        module, found, kept = self.head.module, [], []
+        original, was_set = module.forward, "forward" in vars(module)
+
+        def forward(hidden):
+            found.append(read(self.head, hidden))
+            return found[0] if torch.is_grad_enabled() else hidden.new_zeros(1)
+
+        def replace_logits(_module, _arguments, output):
+            output.logits = kept[0]
+            return output
+
+        self.head.project = original
+        module.forward = forward
+        # After the hooks of ZeRO-3 on the head, before those of FSDP2 on the model: both must see the result.
+        hooks = [
+            module.register_forward_hook(lambda _module, _arguments, output: kept.append(output)),
+            self.language_model.register_forward_hook(replace_logits, prepend=True),
+        ]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+            module.forward = original
+            if not was_set:
+                del module.forward
+
+    @torch.no_grad()
+    def _probe(self, model, input_ids, attention_mask):
+        """Compare a few tokens' log-probabilities with those of the model's own logits; all processes together."""
+        self.is_probed = True
+        if self.head.is_dense:
+            return
+        ids, mask = input_ids[:1, :_PROBE_TOKENS], attention_mask[:1, :_PROBE_TOKENS]
+        was_training = model.training
+        model.eval()
+        try:
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+            found = self(model, lambda head, hidden: head.scores(hidden[0], ids[0])[0], ids, mask)
+        finally:
+            model.train(was_training)
+        expected = token_logps(logits, ids[0])
+        tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.25
+        if not torch.allclose(found.to(expected.dtype), expected, atol=tolerance, rtol=tolerance):
+            logger.warning("this model changes its logits in a way of its own: they are made whole, which takes memory")
+            self.head.is_dense = True
+
+
+def score_streams(
+    reader, model, inputs, streams, pad_token_id, entropy=(), linear=(), ref_hidden=None, ref_projection=None
+):
+    """Score the counted tokens of streams in one forward.
+
+    Args:
+        reader: HeadReader.
+        model: the wrapped model.
+        inputs: UnlearnBatch.
+        streams: names, in the order of the stack.
+        pad_token_id: fills shorter streams.
+        entropy: names of the streams whose entropy is wanted.
+        linear: names of the streams whose loss is one number times each token's value; see `token_scores`.
+        ref_hidden: {stream: (N, D) last hidden states of the reference} of the streams whose divergence is wanted.
+        ref_projection: the reference's head, see `Head.scores`.
+    Returns:
+        {stream: StreamOutput}.
+    """
+    ref_hidden = ref_hidden or {}
+    sizes = {name: int(counted_positions(inputs[name]).sum()) for name in streams}
+    wanted = {name: 1 + (name in ref_hidden) + (name in entropy) for name in streams}
+
+    def read(head, states):
+        found = []
+        for name, part in split(states, inputs, streams).items():
+            stream = inputs[name]
+            weights = counted_weights(stream) if name in linear else None
+            hidden, labels = counted_states(part, stream), counted_labels(stream)
+            ref = ref_hidden.get(name)
+            found.append(head.scores(hidden, labels, ref, ref_projection, name in entropy, weights).reshape(-1))
+        return torch.cat(found)
+
+    flat = reader(model, read, *concatenate(inputs, streams, pad_token_id))
+    outputs = {}
+    for name, part in zip(streams, flat.split([wanted[name] * sizes[name] for name in streams]), strict=True):
+        rows = list(part.view(wanted[name], sizes[name]))
+        kl = rows[1] if name in ref_hidden else None
+        outputs[name] = StreamOutput.of(inputs[name], rows[0], kl, rows[-1] if name in entropy else None)
+    return outputs
+
+
+class Head:
+    """A causal language model's output layer, as `HeadReader` hands it to what reads there.
+
+    Attributes:
+        module: the output layer, or None where the model has none.
+        is_dense: whether hidden states are the model's finished logits, and the projection the identity.
+        project: the output layer's own forward.
+    """
+
+    def __init__(self, language_model):
+        config = language_model.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        find = getattr(language_model, "get_output_embeddings", None)
+        self.module = find() if find else None
+        self.is_dense = self.module is None
+        self.project = None
+
+    def is_plain(self):
+        """Return whether the head is one weight and at most a bias: no adapter on it, no quantized weight."""
+        weight = getattr(self.module, "weight", None)
+        return isinstance(self.module, torch.nn.Linear) and weight.is_floating_point() and weight.dim() == 2
+
+    def frozen_module(self):
+        """Return the module that projects for the reference where PEFT wraps the head, else None."""
+        for name in ("base_layer", "original_module"):
+            if hasattr(self.module, name):
+                return getattr(self.module, name)
+        return None
+
+    def trains(self):
+        """Return whether the reference's projection differs from this one's after training, and has to be kept."""
+        if self.is_dense or self.frozen_module() is not None:
+            return False
+        return any(parameter.requires_grad for parameter in self.module.parameters())
+
+    def logits(self, hidden):
+        """Return (N, V) finished logits of (N, D) hidden states; for a few positions."""
+        return hidden if self.is_dense else self._finished(self.project(hidden))
+
+    def scores(self, hidden, labels, ref_hidden=None, ref_projection=None, entropy=False, linear=None):
+        """Score tokens; see `chunked_head.token_scores`.
+
+        Args:
+            hidden: (N, D).
+            labels: (N,) int64.
+            ref_hidden: (N, D) of the reference, or None.
+            ref_projection: Projection of the reference's head; None takes this one, which then must not train.
+            entropy: whether to return it.
+            linear: (N,), see there.
+        Returns:
+            (K, N) nats.
+        """
+        if self.is_dense or not self.is_plain():
+            return self._scores_of_any_head(hidden, labels, ref_hidden, ref_projection, entropy)
+        module = self.module
+        own = Projection(module.weight, module.bias, self.scale, self.softcap)
+        reference = None
+        if ref_hidden is not None:
+            kept = (module.weight.detach(), None if module.bias is None else module.bias.detach())
+            kept = kept if ref_projection is None else (ref_projection.weight, ref_projection.bias)
+            reference = ref_hidden, Projection(*kept, self.scale, self.softcap)
+        return token_scores(hidden, own, labels, reference, entropy, linear)
+
+    def _scores_of_any_head(self, hidden, labels, ref_hidden, ref_projection, entropy):
+        """The same through the head's own forward, chunk by chunk, each recomputed in the backward."""
+        if len(hidden) == 0:
+            # An empty chunk keeps the graph, so that every process has a gradient for every weight.
+            return self._chunk_scores(hidden, labels, ref_hidden, ref_projection, entropy)
+        rows = chunk_rows(self._vocabulary(hidden), hidden.device)
+        found = []
+        for first in range(0, len(hidden), rows):
+            part = slice(first, first + rows)
+            ref_part = None if ref_hidden is None else ref_hidden[part]
+            arguments = (hidden[part], labels[part], ref_part, ref_projection, entropy)
+            found.append(
+                checkpoint(self._chunk_scores, *arguments, use_reentrant=False)
+                if torch.is_grad_enabled()
+                else self._chunk_scores(*arguments)
+            )
+        return torch.cat(found, 1)
+
+    def _chunk_scores(self, hidden, labels, ref_hidden, ref_projection, entropy):
+        logits = self.logits(hidden)
+        rows = [token_logps(logits, labels)]
+        if ref_hidden is not None:
+            with torch.no_grad():
+                ref_logits = self._reference_logits(ref_hidden.to(hidden.dtype), ref_projection)
+            rows.append(kl_divergence(logits, ref_logits))
+        if entropy:
+            rows.append(token_entropy(logits))
+        return torch.stack(rows)
+
+    def _reference_logits(self, hidden, projection):
+        if self.is_dense:
+            return hidden
+        if projection is not None:
+            return self._finished(torch.nn.functional.linear(hidden, projection.weight, projection.bias))
+        return self._finished((self.frozen_module() or self.project)(hidden))
+
+    def _finished(self, logits):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        return logits if not self.softcap else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _vocabulary(self, hidden):
+        if self.is_dense:
+            return hidden.shape[-1]
+        return getattr(self.module, "out_features", None) or self.module.weight.shape[0]

@@ -1,0 +1,230 @@
+"""What the frozen reference says about the rows that training will visit, kept in files instead of a second model."""
+# Shapes: B sequences, N counted positions of a batch, n of a row.
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llm_unlearn.data.plan import FILLER
+from llm_unlearn.data.streams import UnlearnDataset
+from llm_unlearn.errors import UserError
+from llm_unlearn.head import counted_positions
+from llm_unlearn.models import model_fingerprint
+
+logger = logging.getLogger(__name__)
+
+FOLDER, KEY = "reference_cache", "key.json"
+_FLUSH_BYTES = 2**30
+
+
+class ReferenceCache:
+    """Values of rows in safetensors files, mapped into memory and not loaded; every process reads every file.
+
+    Args:
+        folder: pathlib.Path, shared by all processes.
+        key: dict that says what the values were made from.
+        device: where values are wanted.
+        rank: of this process; part of its files' names.
+    """
+
+    def __init__(self, folder, key, device, rank):
+        self.folder, self.key, self.device, self.rank = Path(folder), key, device, rank
+        self.places, self.files = {}, {}
+        self.reload()
+
+    @classmethod
+    def open(cls, trainer, readings):
+        """Open the cache of a run, or begin it; all processes together.
+
+        Args:
+            trainer: UnlearnTrainer.
+            readings: {stream: Reading}.
+        Returns:
+            ReferenceCache.
+        Raises:
+            UserError: it is there, but was made from something else.
+        """
+        folder = Path(trainer.args.reference_cache or Path(trainer.args.output_dir) / FOLDER)
+        key = _shared(trainer, lambda: cache_key(trainer, readings))
+        refusal = _shared(trainer, lambda: _claim(folder, key, trainer.args.overwrite_output_dir))
+        if refusal:
+            raise UserError(refusal)
+        return cls(folder, key, trainer.args.device, trainer.args.process_index)
+
+    def reload(self):
+        """Look at the files anew."""
+        self.places, self.files = {}, {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                file = safe_open(path, framework="pt")
+                rows, lengths = file.get_tensor("rows").tolist(), file.get_tensor("lengths").tolist()
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"the reference cache's {path} cannot be read ({error}); delete the folder") from error
+            self.files[path], first = file.get_slice("values"), 0
+            stream = path.name.partition(".")[0]
+            for row, length in zip(rows, lengths, strict=True):
+                self.places[stream, row] = path, first, first + length
+                first += length
+
+    def missing(self, visited):
+        """Return {stream: rows of `visited` that are not here}."""
+        return {name: [row for row in rows if (name, row) not in self.places] for name, rows in visited.items()}
+
+    def values(self, name, stream):
+        """Return (N, ...) values of a batch's counted tokens, row by row.
+
+        Args:
+            name: of the stream.
+            stream: its part of an UnlearnBatch.
+        Raises:
+            UserError: a row is not here, or counted other tokens.
+        """
+        found = []
+        counted = counted_positions(stream).sum(-1).tolist()
+        for row, count in zip(stream["index"].tolist(), counted, strict=True):
+            if row == FILLER:
+                continue
+            if (name, row) not in self.places:
+                raise UserError(f"the reference cache has no row {row} of the {name} set; pass --reference live")
+            path, first, last = self.places[name, row]
+            if last - first != count:
+                raise UserError(f"the reference cache counts other tokens in row {row} of the {name} set; delete it")
+            found.append(self.files[path][first:last])
+        if not found:
+            return self._nothing(name)
+        return torch.cat(found).to(self.device, non_blocking=True)
+
+    def write(self, name, rows):
+        """Write {row: (n, ...) values} of a stream into a file of its own."""
+        if not rows:
+            return
+        tensors = {
+            "rows": torch.tensor(list(rows)),
+            "lengths": torch.tensor([len(values) for values in rows.values()]),
+            "values": torch.cat(list(rows.values())).contiguous(),
+        }
+        number = len(list(self.folder.glob(f"{name}.{self.rank}.*.safetensors")))
+        path = self.folder / f"{name}.{self.rank}.{number}.safetensors"
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial)
+        os.replace(partial, path)
+
+    def delete(self):
+        """Delete the folder."""
+        self.places, self.files = {}, {}
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def num_bytes(self):
+        """Return the bytes of all files."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def _nothing(self, name):
+        (path, _, _) = next(place for key, place in self.places.items() if key[0] == name)
+        return self.files[path][0:0].to(self.device)
+
+
+def fill(trainer, cache, readings, missing, source):
+    """Compute the values of rows, a share on each process, and write them.
+
+    Args:
+        trainer: UnlearnTrainer.
+        cache: ReferenceCache.
+        readings: {stream: Reading}.
+        missing: {stream: row numbers}.
+        source: function of (UnlearnBatch, streams) -> {stream: (N, ...)} that asks the model before training.
+    """
+    args = trainer.args
+    total = sum(len(rows) for rows in missing.values())
+    logger.info("asking the reference about %d rows, once", total)
+    for name in readings:
+        dataset = trainer.train_dataset
+        rows = sorted(missing[name], key=lambda row: -len(dataset.streams[name][row]["input_ids"]))
+        done, size = {}, 0
+        step = args.per_device_eval_batch_size * args.world_size
+        for first in range(0, len(rows), step):
+            # Neighbors in length on every process, and as many forwards: sharded weights are gathered together.
+            mine = rows[first : first + step][args.process_index :: args.world_size]
+            found = _ask(trainer, dataset, name, mine or [FILLER], source)
+            done.update({row: values for row, values in found.items() if row != FILLER})
+            size += sum(values.nbytes for values in found.values())
+            if size > _FLUSH_BYTES:
+                cache.write(name, done)
+                done, size = {}, 0
+        cache.write(name, done)
+    trainer.accelerator.wait_for_everyone()
+    cache.reload()
+    logger.info("the reference's answers take %.1f MB in %s", cache.num_bytes() / 1e6, cache.folder)
+
+
+def cache_key(trainer, readings):
+    """Return what a cache's values depend on, as JSON; any difference makes the cache stale."""
+    tokenizer, args = trainer.processing_class, trainer.args
+    template = args.question_template or getattr(tokenizer, "chat_template", None)
+    precision = "bf16" if args.autocast_in_forward else trainer.accelerator.mixed_precision
+    return {
+        "weights": weights_fingerprint(trainer),
+        "precision": f"{trainer.model.dtype} computed in {precision}".replace("torch.", ""),
+        "tokenizer": None if tokenizer is None else _digest(sorted(tokenizer.get_vocab().items())),
+        "template": _digest(template),
+        "data": {name: trainer.train_dataset.fingerprints[name] for name in readings},
+        "readings": {name: [reading.name, *reading.settings] for name, reading in readings.items()},
+    }
+
+
+def weights_fingerprint(trainer):
+    """Return the sha256 of the weights before training, without adapters; of their files under ZeRO-3."""
+    if trainer.zero_stage() == 3:
+        return model_fingerprint(trainer.model.config._name_or_path)
+    found = hashlib.sha256()
+    for name, weight in trainer.reader.language_model.named_parameters():
+        if "lora_" not in name:
+            plain = name.replace(".base_layer", "").replace("base_model.model.", "")
+            found.update(f"{plain}{tuple(weight.shape)}{weight.dtype}".encode())
+            found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _ask(trainer, dataset: UnlearnDataset, name, rows, source):
+    """Return {row: values on the CPU} of one batch."""
+    batch = trainer._prepare_inputs(trainer.data_collator([dataset[(name, row)] for row in rows]))
+    values = source(batch, (name,))[name].cpu()
+    lengths = counted_positions(batch[name]).sum(-1).tolist()
+    return dict(zip(rows, values.split(lengths), strict=True))
+
+
+def _claim(folder, key, may_replace):
+    """Begin a cache, or go on with one of the same key; returns why it cannot be used, or None."""
+    path = folder / KEY
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in key if before.get(name) != key[name]]
+        if not changed:
+            return None
+        if not may_replace:
+            return (
+                f"the reference cache '{folder}' is stale: it was made with other {' and '.join(changed)}; "
+                "delete it, or pass another --reference_cache"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in [*folder.glob("*.safetensors"), *folder.glob("*.partial")]:
+        stale.unlink()
+    path.write_text(json.dumps(key, indent=1), encoding="utf-8")
+    return None
+
+
+def _shared(trainer, function):
+    """Call a function on the first process, and give its result to all."""
+    answer = [function() if trainer.is_world_process_zero() else None]
+    return (broadcast_object_list(answer) if trainer.args.world_size > 1 else answer)[0]
+
+
+def _digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

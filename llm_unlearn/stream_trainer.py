@@ -1,0 +1,206 @@
+"""StreamTrainer: from rows to the micro-batches of every process, and through one training step, on every backend."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+
+import torch
+from accelerate.utils import DistributedType
+
+from llm_unlearn.checkpoints import CheckpointedTrainer
+from llm_unlearn.data.plan import BatchPlan, drawn_rows
+from llm_unlearn.data.streams import UnlearnDataset
+from llm_unlearn.errors import UserError
+from llm_unlearn.head import counts, wide_dtype
+from llm_unlearn.processes import is_first_process
+
+logger = logging.getLogger(__name__)
+
+
+class StreamTrainer(CheckpointedTrainer):
+    """A Trainer whose batches are {stream: tensors}, planned by (seed, epoch, number) and counted over all processes.
+
+    Attributes:
+        streams: names of the streams that the method reads, the anchor of the epoch first.
+        optional_streams: names of streams that it reads where they are given.
+        retain_loss: the retain term of a method that leaves no choice; None takes `--retain_loss`.
+        plan: BatchPlan of this process while it trains.
+    """
+
+    streams = ("forget",)
+    optional_streams = ()
+    retain_loss = None
+    plan = None
+    _only = None
+
+    # ---- Which streams ----
+
+    @classmethod
+    def streams_for(cls, args):
+        """Return the streams that a run with these arguments reads; a retain term of weight zero reads none."""
+        skips = cls.retain_loss_for(args) == "none" or getattr(args, "retain_weight", 1) == 0
+        return tuple(name for name in cls.streams if not (name == "retain" and skips))
+
+    @classmethod
+    def retain_loss_for(cls, args):
+        """Return which retain term runs with these arguments: nll, kl or none."""
+        return cls.retain_loss or getattr(args, "retain_loss", "nll")
+
+    def weight_of(self, stream, args=None):
+        """Return the weight of a stream's term; a stream of weight 0 costs no forward."""
+        return getattr(args or self.args, f"{stream}_weight", 1.0)
+
+    def rows_per_anchor(self):
+        """Return {stream: rows for each row of the anchor}; 1 where missing."""
+        return {}
+
+    def prepare_streams(self, streams, tokenizer, args):
+        """Change tokenized streams before training, for example their labels; returns {stream: examples}."""
+        return streams
+
+    # ---- Batches and steps ----
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward one micro-batch; with `--sequential_backward` one stream after the other."""
+        streams = [name for name in inputs if self.weight_of(name)]
+        if not self.args.sequential_backward or len(streams) < 2:
+            return super().training_step(model, inputs, num_items_in_batch)
+        state, loss = self.accelerator.gradient_state, 0.0
+        is_last_micro_batch = state.sync_gradients
+        try:
+            for self._only in streams:
+                is_last = self._only == streams[-1]
+                # DeepSpeed would step, and DDP would reduce, after each of the backwards.
+                state._set_sync_gradients(is_last_micro_batch and is_last)
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    loss = loss + super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._only = None
+            state._set_sync_gradients(is_last_micro_batch)
+        return loss
+
+    def make_plan(self):
+        """Return the plan of batches of this process."""
+        args = self.args
+        return BatchPlan(
+            self.train_dataset.sizes,
+            args.data_seed if args.data_seed is not None else args.seed,
+            args.per_device_train_batch_size,
+            args.world_size,
+            args.process_index,
+            self.rows_per_anchor(),
+            args.gradient_accumulation_steps,
+            self.train_dataset.lengths,
+        )
+
+    def visited_rows(self):
+        """Return {stream: row numbers} that training will read, on all processes together."""
+        plan, args = self.make_plan(), self.args
+        updates_per_epoch = -(-len(plan) // args.gradient_accumulation_steps)
+        updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch)
+        epochs, rest = divmod(updates, updates_per_epoch)
+        return plan.visited(epochs * len(plan) + min(rest * args.gradient_accumulation_steps, len(plan)))
+
+    def get_train_dataloader(self):
+        """Return the loader over the plan of batches, which is cut by rank already and not to be prepared."""
+        args = self.args
+        if self.train_dataset is None:
+            raise UserError(f"{type(self).__name__} was given no train_dataset")
+        self.plan = self.make_plan()
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=self.plan,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+            # The epoch is set on the plan in this process, which kept workers would not see.
+            persistent_workers=False,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Fetch the micro-batches of one optimizer step, with what they count on all processes together."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return batches, None
+        names = list(batches[0])
+        local = torch.stack([sum(counts(batch[name]) for batch in batches) for name in names])
+        local = local.to(device, wide_dtype(device))
+        summed = self.accelerator.reduce(local, "sum")
+        return batches, dict(zip(names, summed.clamp(min=1), strict=True))
+
+    def floating_point_ops(self, inputs):
+        """Return the floating-point operations of one micro-batch, all streams together."""
+        return sum(super(StreamTrainer, self).floating_point_ops(stream) for stream in inputs.values())
+
+    # ---- Backends ----
+
+    def zero_stage(self):
+        """Return the ZeRO stage that runs, 0 without DeepSpeed."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None) if self.is_deepspeed_enabled else None
+        return plugin.zero_stage if plugin is not None else 0
+
+    def unwrapped(self, model):
+        """Return the model without the wrapper of its backend."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def is_fsdp2(self):
+        """Return whether FSDP2 (and not FSDP1) runs."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is not None and plugin.fsdp_version == 2
+
+    def reference_autocast(self, is_plain_module):
+        """Return the context of a reference forward; wrapped models and DeepSpeed engines bring their own."""
+        if not is_plain_module:
+            return contextlib.nullcontext()
+        if self.args.autocast_in_forward:
+            return torch.autocast(self.args.device.type, torch.bfloat16)
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        return contextlib.nullcontext() if is_deepspeed else self.accelerator.autocast()
+
+    # ---- Private ----
+
+    def _training_streams(self, train_dataset, tokenizer, args):
+        if train_dataset is None:
+            return None
+        given = UnlearnDataset.by_stream(train_dataset)
+        needed = self.streams_for(args)
+        missing = [name for name in needed if name not in given]
+        if missing:
+            raise UserError(f"{type(self).__name__} needs a {missing[0]} set, but was given {list(given)}")
+        wanted = [*needed, *(name for name in self.optional_streams if name in given)]
+        chosen = {name: given[name] for name in wanted}
+        is_ready = isinstance(train_dataset, UnlearnDataset)
+        streams = chosen if is_ready else self._tokenized(chosen, tokenizer).streams
+        if args.max_retain_rows and "retain" not in streams:
+            raise UserError("--max_retain_rows has no effect: this run reads no retain set")
+        if args.max_retain_rows:
+            seed = args.data_seed if args.data_seed is not None else args.seed
+            streams = {**streams, "retain": drawn_rows(streams["retain"], args.max_retain_rows, seed)}
+        return UnlearnDataset(self.prepare_streams(streams, tokenizer, args))
+
+    def _tokenized(self, data, tokenizer):
+        return None if data is None else UnlearnDataset.of(data, tokenizer, self.tokenize_options)
+
+    def _keep_outputs_wide(self):
+        """Keep FSDP2 from rounding log-probabilities to bfloat16 as it leaves the model."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_fsdp2() and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def warn_of_low_precision(model):
+    """Warn where weights that train are narrower than float32."""
+    low = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if low and is_first_process():
+        logger.warning(
+            "the trained weights are in %s, which silently swallows small updates; load them in float32, "
+            "and compute in bfloat16 with --bf16 True",
+            " and ".join(str(dtype).removeprefix("torch.") for dtype in low),
+        )
+
+
+def padding_multiple(device):
+    """Return of how many tokens every width is a multiple: 8 where tensor cores want it, on a CPU 1."""
+    return 1 if device.type == "cpu" else 8
