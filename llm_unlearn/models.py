@@ -1,6 +1,8 @@
 """Models and tokenizers: loaded in float32, wrapped with LoRA where asked."""
 
 import dataclasses
+import difflib
+import fnmatch
 import hashlib
 import logging
 from pathlib import Path
@@ -129,6 +131,39 @@ def with_lora(model, config):
         return get_peft_model(model, get_peft_config(config))
     except ValueError as error:
         raise UserError(f"LoRA cannot wrap this model: {error}") from error
+
+
+def train_only(model, patterns):
+    """Let only the parameters with these names train; the others get neither a gradient nor an optimizer state.
+
+    Called before the optimizer is made: transformers gives it what requires a gradient at that moment. A tied weight
+    trains where any of its names matches.
+
+    Args:
+        model: PreTrainedModel, or PeftModel, whose names begin with "base_model.model.".
+        patterns: names in which *, ? and [5-7] stand for others as in file names, for example
+            "model.layers.[5-7].mlp.down_proj.weight".
+    Returns:
+        list of str, the names of the parameters that train, as `named_parameters` gives them.
+    Raises:
+        UserError: no pattern, one that matches no parameter, or one whose parameter is quantized.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if not patterns:
+        raise UserError("no parameter would train: name at least one, '*' for all")
+    trained = set()
+    for pattern in patterns:
+        matching = [name for name in parameters if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            near = difflib.get_close_matches(pattern, parameters, n=1, cutoff=0)
+            raise UserError(f"no parameter of the model is named '{pattern}'; did you mean '{near[0]}'?")
+        integers = [name for name in matching if not parameters[name].is_floating_point()]
+        if integers:
+            raise UserError(f"'{integers[0]}' is quantized and cannot be trained; train adapters instead (--use_peft)")
+        trained |= {id(parameters[name]) for name in matching}
+    for parameter in parameters.values():
+        parameter.requires_grad_(id(parameter) in trained)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def check_vocabulary(model, tokenizer):

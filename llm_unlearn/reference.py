@@ -140,7 +140,7 @@ class Reference:
         Where it is sharded, a copy is made, sharded as the policy will be, and gone before training begins.
         """
         trainer = self.trainer
-        is_whole = trainer.zero_stage() != 3 and trainer.accelerator.distributed_type != DistributedType.FSDP
+        is_whole = not trainer.is_sharded()
         model = trainer.model.to(trainer.args.device) if is_whole else frozen_copy(trainer)
         reader, was_training = HeadReader(extract_model_from_parallel(model)), model.training
         model.eval()

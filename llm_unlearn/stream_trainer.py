@@ -8,6 +8,7 @@ import math
 import torch
 from accelerate.utils import DistributedType
 
+from llm_unlearn.activations import truncate
 from llm_unlearn.checkpoints import CheckpointedTrainer
 from llm_unlearn.data.plan import BatchPlan, drawn_rows
 from llm_unlearn.data.streams import UnlearnDataset
@@ -26,12 +27,14 @@ class StreamTrainer(CheckpointedTrainer):
         optional_streams: names of streams that it reads where they are given.
         retain_loss: the retain term of a method that leaves no choice; None takes `--retain_loss`.
         plan: BatchPlan of this process while it trains.
+        truncation: what is out of the model while it trains, where the losses end below its last layer.
     """
 
     streams = ("forget",)
     optional_streams = ()
     retain_loss = None
     plan = None
+    truncation = None
     _only = None
 
     # ---- Which streams ----
@@ -51,6 +54,17 @@ class StreamTrainer(CheckpointedTrainer):
         """Return the weight of a stream's term; a stream of weight 0 costs no forward."""
         return getattr(args or self.args, f"{stream}_weight", 1.0)
 
+    def last_layer_for(self, args):
+        """Return the index of the highest decoder layer that the losses read, or None where they read the logits.
+
+        The layers above it, the final norm and the head are then out of the model while it trains.
+        """
+        return None
+
+    def trained_parameters_for(self, args):
+        """Return the patterns of `models.train_only` that name what trains, or None for all that does already."""
+        return None
+
     def rows_per_anchor(self):
         """Return {stream: rows for each row of the anchor}; 1 where missing."""
         return {}
@@ -60,6 +74,23 @@ class StreamTrainer(CheckpointedTrainer):
         return streams
 
     # ---- Batches and steps ----
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train, with no layer above the last one that the losses read; see CheckpointedTrainer.train."""
+        last_layer = self.last_layer_for(self.args)
+        if last_layer is None:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.truncation = truncate(self.model, last_layer, offload=True)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.truncation.restore(to_run=not self.is_sharded())
+            self.truncation = None
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save the whole model, also while a part of it is out."""
+        with self.truncation.whole(to_run=False) if self.truncation else contextlib.nullcontext():
+            super().save_model(output_dir, _internal_call)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward one micro-batch; with `--sequential_backward` one stream after the other."""
@@ -140,6 +171,10 @@ class StreamTrainer(CheckpointedTrainer):
         """Return the ZeRO stage that runs, 0 without DeepSpeed."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None) if self.is_deepspeed_enabled else None
         return plugin.zero_stage if plugin is not None else 0
+
+    def is_sharded(self):
+        """Return whether no process holds the whole model."""
+        return self.zero_stage() == 3 or self.accelerator.distributed_type == DistributedType.FSDP
 
     def unwrapped(self, model):
         """Return the model without the wrapper of its backend."""

@@ -1,14 +1,18 @@
 """UnlearnTrainer: the toolbox that every method composes in its `compute_loss`."""
 # Shapes: B sequences, T tokens, N counted positions.
 
+import contextlib
+
 import torch
 
+from llm_unlearn.activations import capture, decoder_layers
 from llm_unlearn.callbacks import FiniteGradients, PlanEpoch, WarmupWarning
 from llm_unlearn.data.streams import UnlearnCollator, pad_id
 from llm_unlearn.errors import NonFiniteError, UserError
 from llm_unlearn.evaluation.likelihood import stream_likelihoods
-from llm_unlearn.head import StreamOutput, wide_dtype
+from llm_unlearn.head import StreamOutput, concatenate, split, wide_dtype
 from llm_unlearn.head_reading import HeadReader, score_streams
+from llm_unlearn.models import load_model, train_only
 from llm_unlearn.objectives.likelihood import nll
 from llm_unlearn.reference import HIDDEN, LOGPS, Reference
 from llm_unlearn.stream_trainer import StreamTrainer, padding_multiple, warn_of_low_precision
@@ -58,10 +62,10 @@ class UnlearnTrainer(StreamTrainer):
         args = args or self.args_class()
         self.push_requested, args.push_to_hub = args.push_to_hub, False
         args._n_gpu = min(args.n_gpu, 1)
-        if isinstance(model, str):
-            from llm_unlearn.models import load_model
-
-            model = load_model(model)
+        model = load_model(model) if isinstance(model, str) else model
+        trained = self.trained_parameters_for(args)
+        if trained:
+            train_only(model, trained)
         warn_of_low_precision(model)
         self.tokenize_options = args.tokenize_options(getattr(model.config, "max_position_embeddings", None))
         filler = 0 if processing_class is None else pad_id(processing_class)
@@ -121,6 +125,25 @@ class UnlearnTrainer(StreamTrainer):
                 ref_projection=self._frozen_reference.projection if hidden else None,
             )  # fmt: skip
         return {name: outputs[name] for name in streams}
+
+    def hidden_states(self, model, inputs, layers, streams=None):
+        """Return what decoder layers hand on, in one forward of all streams.
+
+        Args:
+            model: the wrapped model that `compute_loss` was given.
+            inputs: UnlearnBatch.
+            layers: indices of decoder layers, from 0; none above `last_layer_for`.
+            streams: names; None takes all that `inputs` holds, those of weight 0 left out.
+        Returns:
+            {stream: list of (B, T, D), one for each layer}, with gradients.
+        """
+        streams = [name for name in streams or inputs if self._runs(name)]
+        modules = decoder_layers(model)
+        input_ids, attention_mask = concatenate(inputs, streams, self.data_collator.pad_token_id)
+        with capture(*(modules[layer] for layer in layers)) as found:
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        parts = [split(hidden, inputs, streams) for hidden in found]
+        return {name: [part[name] for part in parts] for name in streams}
 
     def reference(self, inputs, streams=("forget",)):
         """Score streams under the frozen reference; {stream: StreamOutput}, no gradient, zeros for weight 0.
@@ -204,9 +227,12 @@ class UnlearnTrainer(StreamTrainer):
         data = self.eval_dataset if eval_dataset is None else self._tokenized(eval_dataset, self.processing_class)
         if not data:
             raise UserError("evaluation needs an eval_dataset")
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in stream_likelihoods(self, data.streams).items()}
-        if self.suite is not None:
-            metrics |= self.suite(self, metric_key_prefix)
+        if self.truncation is not None and self.is_sharded():
+            raise UserError("a sharded model without its upper layers cannot be evaluated; run run_eval.py afterwards")
+        with self.truncation.whole() if self.truncation else contextlib.nullcontext():
+            found = stream_likelihoods(self, data.streams)
+            metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
+            metrics |= self.suite(self, metric_key_prefix) if self.suite is not None else {}
         kept = [metrics[f"{metric_key_prefix}_{name}_nll"] for name in data.streams if name == "retain"]
         kept = kept or [value for key, value in metrics.items() if key.endswith("_nll")]
         metrics[f"{metric_key_prefix}_loss"] = sum(kept) / len(kept)
