@@ -63,6 +63,8 @@ def run_record(parsed, start_model, trainer, sources, seconds):
             name: {"rows": size, "tokens": tokens[name], "sha256": dataset.fingerprints[name]}
             for name, size in dataset.sizes.items()
         },
+        "read": trainer.reading_record(),
+        "reference": trainer.reference_record(),
         "sources": {name: source.origins for name, source in sources.items()},
         "optimizer_steps": trainer.state.global_step,
         "wall_seconds": round(seconds, 3),

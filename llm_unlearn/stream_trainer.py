@@ -127,11 +127,16 @@ class StreamTrainer(CheckpointedTrainer):
 
     def visited_rows(self):
         """Return {stream: row numbers} that training will read, on all processes together."""
-        plan, args = self.make_plan(), self.args
-        updates_per_epoch = -(-len(plan) // args.gradient_accumulation_steps)
-        updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch)
-        epochs, rest = divmod(updates, updates_per_epoch)
-        return plan.visited(epochs * len(plan) + min(rest * args.gradient_accumulation_steps, len(plan)))
+        plan = self.make_plan()
+        return plan.visited(self._num_batches(plan))
+
+    def reading_record(self):
+        """Return {"rows": {stream: different rows}, "tokens", "tokens_forwarded"}: what training reads in all."""
+        plan = self.make_plan()
+        count = self._num_batches(plan)
+        tokens, forwarded = plan.tokens(count, self.data_collator.multiple)
+        rows = {stream: len(visited) for stream, visited in plan.visited(count).items()}
+        return {"rows": rows, "tokens": tokens, "tokens_forwarded": forwarded}
 
     def get_train_dataloader(self):
         """Return the loader over the plan of batches, which is cut by rank already and not to be prepared."""
@@ -195,6 +200,14 @@ class StreamTrainer(CheckpointedTrainer):
         return contextlib.nullcontext() if is_deepspeed else self.accelerator.autocast()
 
     # ---- Private ----
+
+    def _num_batches(self, plan):
+        """Return how many micro-batches this process reads in the whole run."""
+        args = self.args
+        updates_per_epoch = -(-len(plan) // args.gradient_accumulation_steps)
+        updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch)
+        epochs, rest = divmod(updates, updates_per_epoch)
+        return epochs * len(plan) + min(rest * args.gradient_accumulation_steps, len(plan))
 
     def _training_streams(self, train_dataset, tokenizer, args):
         if train_dataset is None:

@@ -213,6 +213,11 @@ class UnlearnTrainer(StreamTrainer):
         if self._frozen_reference is not None:
             self._frozen_reference.discard()
 
+    def reference_record(self):
+        """Return {"mode", "cached_bytes"} of the frozen reference, or None where the run compares with none."""
+        found = self._frozen_reference
+        return found and {"mode": found.mode, "cached_bytes": found.cache.num_bytes() if found.cache else 0}
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Report the plain NLL (nats per token) and probability of every evaluation set, sharded over the processes.
 

@@ -94,6 +94,25 @@ class BatchPlan(torch.utils.data.Sampler):
                     found[stream].add(row)
         return {stream: sorted(rows - {FILLER}) for stream, rows in found.items()}
 
+    def tokens(self, num_batches, multiple=1):
+        """Count what all processes forward in so many micro-batches of each, all streams stacked into one batch.
+
+        Args:
+            num_batches: as in `visited`.
+            multiple: widths are padded to a multiple of it.
+        Returns:
+            (tokens of the rows, tokens forwarded with padding and fillers).
+        """
+        real = forwarded = 0
+        for count in range(num_batches):
+            epoch, number = divmod(count, len(self))
+            for rank in range(self.world_size):
+                batch = self.batch(epoch, number, rank)
+                lengths = [self.lengths[stream][row] for stream, row in batch if row != FILLER]
+                real += sum(lengths)
+                forwarded += len(batch) * -(-max(lengths, default=2) // multiple) * multiple
+        return real, forwarded
+
     def _rows(self, stream, epoch, slot):
         ratio = self.ratio[stream]
         if slot >= self.sizes[self.anchor]:
