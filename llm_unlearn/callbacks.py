@@ -1,4 +1,4 @@
-"""What happens around a step: the epoch of the plan, the check of the gradients, the warning about warm-up."""
+"""What happens around a step: where a resumed run goes on, the epoch of the plan, the gradients, the warm-up."""
 
 import logging
 
@@ -7,8 +7,39 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from llm_unlearn.errors import NonFiniteError
+from llm_unlearn.resuming import read_method_state, read_state, restore_unlogged_sums
 
 logger = logging.getLogger(__name__)
+
+
+class Continuation(TrainerCallback):
+    """Give a resumed run, before its first step, what transformers does not bring back.
+
+    Args:
+        trainer: CheckpointedTrainer that is about to train.
+        checkpoint: folder that it resumes from, or None.
+    """
+
+    def __init__(self, trainer, checkpoint):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Restore the method's tensors and the averages since the last log line; evaluate if that was left to do.
+
+        Raises:
+            UserError: the checkpoint holds other tensors than the method has.
+        """
+        if self.checkpoint is None:
+            return
+        trainer, saved = self.trainer, read_state(self.checkpoint)
+        # transformers takes these from the checkpoint, so that another --save_steps would go unheard.
+        state.compute_steps(args, state.max_steps)
+        trainer.load_method_state(read_method_state(self.checkpoint, trainer.method_state()))
+        if saved.get("unlogged"):
+            restore_unlogged_sums(trainer, saved["unlogged"])
+        if saved.get("evaluation_due") and args.eval_strategy != "no":
+            trainer._determine_best_metric(trainer._evaluate(None, None), None)
+            trainer.name_best_checkpoint()
 
 
 class PlanEpoch(TrainerCallback):
@@ -20,6 +51,9 @@ class PlanEpoch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the averages of the logged terms at the step where training starts, which a resume moves."""
         self.trainer.reset_terms(state.global_step)
+        if self.trainer.truncation is not None and args.gradient_checkpointing:
+            # It makes the embedding's output require gradients, which takes the backward through every frozen layer.
+            self.trainer.reader.language_model.disable_input_require_grads()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Derive the epoch from the step, so that a resumed run continues in the epoch where it stopped."""

@@ -1,111 +1,67 @@
-"""Checkpoints that are complete or do not exist: manifests, resuming, and the final folder."""
+"""Trainers whose checkpoints are complete or do not exist, which resume from nothing else, and the final folder."""
 
-import hashlib
-import json
+import contextlib
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from llm_unlearn.errors import NonFiniteError, UserError
+from llm_unlearn.callbacks import Continuation
+from llm_unlearn.errors import NonFiniteError, SavingError, UserError
+from llm_unlearn.interruption import Interruption
+from llm_unlearn.manifests import (
+    MANIFEST,
+    STAGING,
+    checkpoints_of,
+    file_sha256,
+    incompleteness,
+    listed_files,
+    newest_complete,
+    publish,
+    recover,
+    remove,
+    write_manifest,
+)
+from llm_unlearn.resuming import (
+    RUN_STATE,
+    asks_to_resume,
+    find_checkpoint,
+    load_schedule_of_plain_sgd,
+    require_same_run,
+    run_state,
+    unlogged_sums,
+    warn_of_random_state,
+    write_state,
+)
+
+__all__ = [
+    "MANIFEST", "RUN_STATE", "CheckpointedTrainer", "asks_to_resume", "checkpoints_of", "file_sha256", "incompleteness",
+    "listed_files", "newest_complete", "save_final", "write_manifest",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, RUN_STATE = "manifest.json", "unlearning_state.json"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 _CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
-_STAGING = ".saving"
-_FREE_TO_CHANGE = {"overwrite_output_dir", "do_unlearn", "fsdp_transformer_layer_cls_to_wrap"}
-_FREE_TO_CHANGE |= {"eval_suite", "retain_reference"}
-
-
-def asks_to_resume(wanted):
-    """Return whether a value of --resume_from_checkpoint asks for a resume at all."""
-    return wanted not in (None, False, "False", "false")
-
-
-def file_sha256(path):
-    """Return the sha256 of a file, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(folder):
-    """List every file of a folder with its size and sha256; written last, it makes the checkpoint exist.
-
-    Args:
-        folder: checkpoint folder.
-    """
-    folder = Path(folder)
-    partial = folder / (MANIFEST + ".partial")
-    partial.unlink(missing_ok=True)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    listed = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
-    }
-    partial.write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
-    os.replace(partial, folder / MANIFEST)
-
-
-def incompleteness(folder):
-    """Return why a checkpoint cannot be trusted, or None where each listed file is there as it was written.
-
-    Args:
-        folder: checkpoint folder.
-    """
-    folder = Path(folder)
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        facts = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except OSError:
-        return f"it has no {MANIFEST}, so that it was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is not as it was written"
-    for name, (size, sha256) in facts.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size or file_sha256(path) != sha256:
-            return f"{name} is not as it was written"
-    return None
-
-
-def listed_files(folder):
-    """Return the names of the files that a checkpoint's manifest lists."""
-    return list(json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))["files"])
-
-
-def checkpoints_of(output_dir):
-    """Return the checkpoint-N folders below a directory, newest (highest N) first."""
-    found = Path(output_dir).glob("checkpoint-*") if Path(output_dir).is_dir() else []
-    named = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-    numbered = [(int(path.name.split("-")[1]), path) for path in named]
-    return [path for _, path in sorted(numbered, reverse=True)]
-
-
-def newest_complete(output_dir):
-    """Return the newest checkpoint whose manifest holds, or None; each one passed over is named in a warning."""
-    for path in checkpoints_of(output_dir):
-        reason = incompleteness(path)
-        if reason is None:
-            return path
-        logger.warning("passing over %s: %s", path, reason)
-    return None
 
 
 class CheckpointedTrainer(Trainer):
-    """A Trainer whose checkpoints carry a manifest, and which resumes only from one whose manifest holds.
+    """A Trainer whose checkpoints appear complete or not at all, and which resumes only from one that still is.
+
+    A SIGTERM while it trains ends the run with a checkpoint (see `interruption`).
 
     Attributes:
         stale_checkpoints: folders of an earlier run that go when this one has saved something itself.
+        interruption: what listens to SIGTERM while `train` runs.
     """
 
     stale_checkpoints = ()
+    interruption = None
+    _writes_to = _run_state = None
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, from the start or from a checkpoint.
@@ -118,11 +74,40 @@ class CheckpointedTrainer(Trainer):
             transformers' TrainOutput.
         Raises:
             UserError: no complete checkpoint, or one of another run (the differing field is named).
+            Terminated: a SIGTERM stopped the run; the message names the checkpoint.
+            SavingError: a checkpoint could not be written; those before it are untouched.
         """
-        checkpoint = self._on_first_rank(lambda: self._resolve(resume_from_checkpoint))
-        if checkpoint is not None:
-            self._require_same_run(checkpoint)
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self._run_state = self.run_state()
+        checkpoint = self._on_first_rank(lambda: self._find_checkpoint(resume_from_checkpoint))
+        self.interruption = Interruption(self)
+        callback = Continuation(self, checkpoint)
+        self.add_callback(callback)
+        try:
+            with self.interruption.listening():
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self.remove_callback(callback)
+
+    def run_state(self):
+        """Return what a resumed run must share with the run that wrote the checkpoint, see `resuming.run_state`."""
+        return run_state(self)
+
+    def method_state(self):
+        """Return {name: tensor} that a method changes while it trains, besides the model and the optimizer.
+
+        The tensors are the same on every process (a dual variable, a control vector), and are there with their shapes
+        when training begins. Each checkpoint holds them, and `load_method_state` gets them back.
+        """
+        return {}
+
+    def load_method_state(self, state):
+        """Take over {name: tensor}, the names and shapes of `method_state`, before the first step of a resumed run."""
+        if state:
+            raise NotImplementedError(f"{type(self).__name__} has a method_state, but no load_method_state")
+
+    def checkpoint_folder(self):
+        """Return the path of the checkpoint of the present step."""
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def non_finite_message(self, what, happened="the update was not applied"):
         """Return the sentence for a NaN or an infinity: the step and the last good checkpoint."""
@@ -135,35 +120,20 @@ class CheckpointedTrainer(Trainer):
             f"{last or 'none'}. A lower --learning_rate, fewer steps or a bounded method (npo, simnpo) may help"
         )
 
-    def run_state(self):
-        """Return what a resumed run must share with the run that wrote the checkpoint."""
-        args = self.args
-        knobs = set(type(args).__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__) - _FREE_TO_CHANGE
-        return {
-            "trainer": type(self).__name__,
-            "model": getattr(self.model.config, "_name_or_path", None),
-            "seed": args.seed,
-            "data_seed": args.data_seed,
-            "settings": {name: getattr(args, name) for name in sorted(knobs)},
-            "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "streams": self.train_dataset.fingerprints if self.train_dataset is not None else {},
-        }
+    def name_best_checkpoint(self):
+        """Write down the path of the best checkpoint, which is at its place or is being written."""
+        step = self.state.best_global_step
+        best = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if step and (step == self.state.global_step or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
 
-    def _resolve(self, wanted):
-        if not asks_to_resume(wanted):
-            return None
-        if wanted in (True, "True", "true", "auto"):
-            found = newest_complete(self.args.output_dir)
-            if found is None and wanted != "auto":
-                raise UserError(
-                    f"--resume_from_checkpoint True: '{self.args.output_dir}' holds no complete checkpoint; "
-                    "pass auto to start anew"
-                )
-            return None if found is None else str(_resumable(found))
-        reason = incompleteness(wanted)
-        if reason is not None:
-            raise UserError(f"--resume_from_checkpoint '{wanted}' cannot be used: {reason}")
-        return str(_resumable(wanted))
+    def _find_checkpoint(self, wanted):
+        recover(self.args.output_dir)
+        checkpoint = find_checkpoint(wanted, self.args.output_dir)
+        if checkpoint is not None:
+            require_same_run(checkpoint, self._run_state)
+            warn_of_random_state(checkpoint, self.args.world_size)
+        return checkpoint
 
     def _on_first_rank(self, function):
         """Call a function on the first process alone, and give its result or its mistake to all."""
@@ -177,19 +147,6 @@ class CheckpointedTrainer(Trainer):
         if answer[1] is not None:
             raise UserError(answer[1])
         return answer[0]
-
-    def _require_same_run(self, checkpoint):
-        path = Path(checkpoint) / RUN_STATE
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for field, value in self.run_state().items():
-            if before.get(field) != value:
-                shown = f"was {before.get(field)} and is {value}"
-                if field == "streams":
-                    shown = "has other contents"
-                elif field == "settings":
-                    changed = [name for name in value if (before.get(field) or {}).get(name) != value[name]]
-                    shown = f"differ in {', '.join(changed)}"
-                raise UserError(f"cannot resume from '{checkpoint}': {field} {shown}; start anew or restore it")
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -210,31 +167,57 @@ class CheckpointedTrainer(Trainer):
         if bad > 0:
             raise NonFiniteError(self.non_finite_message("a weight", "nothing was saved"))
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not load_schedule_of_plain_sgd(self, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _get_output_dir(self, trial):
+        return self._writes_to or super()._get_output_dir(trial)
+
     def _save_checkpoint(self, model, trial):
-        """Write a checkpoint, then its manifest, and only then rotate older ones away."""
+        """Write a checkpoint out of sight, give it its name when it is complete, and only then rotate older ones."""
         self.require_finite_weights()
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = self.checkpoint_folder()
+        with _saving(self, folder):
+            self._write_checkpoint(model, trial, folder)
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
             self.stale_checkpoints = tuple(path for path in self.stale_checkpoints if path.name != folder.name)
+            self.delete_stale()
+            self._rotate(self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+
+    def _write_checkpoint(self, model, trial, folder):
+        args, staging = self.args, folder.parent / STAGING / folder.name
+        if args.should_save:
+            recover(folder.parent)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        limit, args.save_total_limit = args.save_total_limit, None
+        self._writes_to = str(staging.parent)
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
+            self._writes_to, args.save_total_limit = None, limit
+        self.name_best_checkpoint()
+        state = {
+            **self._run_state,
+            "unlogged": unlogged_sums(self),
+            "evaluation_due": self.interruption.evaluation_due,
+        }
+        method_state = self.method_state()
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            (folder / RUN_STATE).write_text(json.dumps(self.run_state(), indent=1), encoding="utf-8")
-            write_manifest(folder)
-            self.delete_stale()
-            self._rotate(limit)
+        if args.should_save:
+            # As transformers wrote it, the best checkpoint may be the one in the staging folder.
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+            write_state(staging, state, method_state)
+            write_manifest(staging)
+            publish(staging, folder)
         self.accelerator.wait_for_everyone()
 
     def delete_stale(self):
         """Delete the checkpoints of the run that this one replaces, once it has saved something itself."""
         for path in self.stale_checkpoints:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
         self.stale_checkpoints = ()
 
     def _rotate(self, limit):
@@ -248,7 +231,7 @@ class CheckpointedTrainer(Trainer):
         kept += [name for name in finished if name not in kept][: max(limit - len(set(kept)), 0)]
         for path in every:
             if path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
 
 
 def save_final(trainer, texts):
@@ -261,35 +244,48 @@ def save_final(trainer, texts):
         texts: {file name: contents} to write beside the weights.
     Raises:
         RuntimeError: if the backend wrote no weights.
+        SavingError: if the disk is full, or whatever else kept the files from being written.
     """
     trainer.require_finite_weights()
     output_dir = Path(trainer.args.output_dir)
-    staging = output_dir / _STAGING
+    staging = output_dir / STAGING
+    with _saving(trainer, output_dir):
+        if trainer.args.should_save:
+            recover(output_dir)
+            staging.mkdir(parents=True)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_fsdp_enabled:
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(str(staging), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            if not any(staging.glob("*.safetensors")):
+                raise RuntimeError("the backend wrote no weights")
+            for name, contents in texts.items():
+                (staging / name).write_text(contents, encoding="utf-8")
+            trainer.state.save_to_json(str(staging / "trainer_state.json"))
+            write_manifest(staging)
     if trainer.args.should_save:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(staging), _internal_call=True)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        if not any(staging.glob("*.safetensors")):
-            raise RuntimeError(f"{staging} holds no weights after saving; the checkpoints beside it are untouched")
-        for name, contents in texts.items():
-            (staging / name).write_text(contents, encoding="utf-8")
-        trainer.state.save_to_json(str(staging / "trainer_state.json"))
-        write_manifest(staging)
         _move_into_place(staging, output_dir)
         trainer.delete_stale()
     trainer.accelerator.wait_for_everyone()
 
 
-def _resumable(folder):
-    """Return a complete checkpoint, or refuse it where it was saved without what a resume continues from."""
-    if not any(Path(folder).glob("optimizer*")) and not any(Path(folder).glob("global_step*")):
-        raise UserError(f"'{folder}' holds no optimizer state (--save_only_model), so that no run can continue from it")
-    return folder
+@contextlib.contextmanager
+def _saving(trainer, folder):
+    """Leave nothing half-written where a save fails or is broken off, and say what is still there."""
+    try:
+        yield
+    except BaseException as error:
+        if trainer.args.should_save:
+            recover(trainer.args.output_dir)
+        if not isinstance(error, Exception):
+            raise
+        last = next(iter(checkpoints_of(trainer.args.output_dir)), None)
+        raise SavingError(
+            f"'{folder}' could not be written ({type(error).__name__}: {str(error).strip()}); nothing of it was left "
+            f"behind, and the newest checkpoint is {last or 'none'}"
+        ) from error
 
 
 def _move_into_place(staging, output_dir):

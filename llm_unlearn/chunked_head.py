@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from llm_unlearn.head import wide_dtype
+
 _CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
 
@@ -256,9 +258,10 @@ class _Gradients:
 def _common_factor(grad, kind, linear):
     """Return c where the gradient of one kind is c times the token weights, and every other is 0; else None."""
     others = [row for number, row in enumerate(grad) if number != kind]
-    wide, weights = grad[kind].double(), linear.double()
+    dtype = wide_dtype(grad.device)
+    wide, weights = grad[kind].to(dtype), linear.to(dtype)
     square = (weights * weights).sum()
-    factor = (wide * weights).sum() / square.clamp(min=torch.finfo(torch.float64).tiny)
+    factor = (wide * weights).sum() / square.clamp(min=torch.finfo(dtype).tiny)
     largest = wide.abs().amax() if len(wide) else square
     misses = (wide - factor * weights).abs().amax() if len(wide) else square
     fits = misses <= 1e-6 * largest

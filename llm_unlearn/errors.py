@@ -7,6 +7,8 @@ import sys
 from llm_unlearn.processes import is_first_on_node
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_PUSH_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+# 128 + SIGTERM, as a shell reports a process that the signal ended.
+EXIT_TERMINATED = 143
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,17 @@ class PushError(RuntimeError):
     """The upload to the Hub failed after everything was saved on disk; the message holds the command to retry."""
 
 
+class SavingError(RuntimeError):
+    """A checkpoint could not be written; what was saved before is untouched."""
+
+
+class Terminated(RuntimeError):
+    """A SIGTERM stopped the run after a step; the message names the checkpoint that was saved, and how to go on."""
+
+
+_EXIT_CODES = {UserError: EXIT_USER_ERROR, PushError: EXIT_PUSH_FAILED, Terminated: EXIT_TERMINATED}
+
+
 def unknown_name(flag, given, known):
     """Return the UserError for an unknown name, with the nearest known one and the whole list."""
     known = list(known)
@@ -39,20 +52,22 @@ def run_cli(command):
     """Run `command()` and turn what it raises into an exit code.
 
     A UserError ends in one sentence on stderr without a traceback (rank 0 says it, the others exit silently); a failed
-    push in a sentence and exit code 3. Any other exception keeps its traceback.
+    push, and a run that a SIGTERM stopped, in a sentence and an exit code of their own. Any other exception keeps its
+    traceback.
 
     Args:
         command: function without arguments; returns an exit code or None.
     Returns:
-        int exit code: 0 done, 2 the user's mistake, 3 saved but not pushed, 130 interrupted.
+        int exit code: 0 done, 2 the user's mistake, 3 saved but not pushed, 130 interrupted, 143 stopped by SIGTERM
+        with a checkpoint to continue from.
     """
     try:
         return command() or EXIT_OK
-    except (UserError, PushError) as error:
+    except tuple(_EXIT_CODES) as error:
         # One line a node: the mistake may lie on one machine only.
         if is_first_on_node():
             print(" ".join(str(error).split()), file=sys.stderr, flush=True)
-        return EXIT_PUSH_FAILED if isinstance(error, PushError) else EXIT_USER_ERROR
+        return next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left behind", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

@@ -29,6 +29,7 @@ _WITHOUT_EFFECT = {
     "auto_find_batch_size": "the plan of batches is fixed before training; pass --per_device_train_batch_size",
     "hub_strategy": "the Trainer never pushes; --push_to_hub uploads once, after everything is on disk",
     "hub_always_push": "the Trainer never pushes; --push_to_hub uploads once, after everything is on disk",
+    "enable_jit_checkpoint": "a SIGTERM saves a checkpoint anyway",
     "ignore_data_skip": "a resumed run continues at the row where it stopped",
 }
 

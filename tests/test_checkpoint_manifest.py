@@ -20,8 +20,9 @@ from llm_unlearn.checkpoints import (
     newest_complete,
     write_manifest,
 )
-from llm_unlearn.errors import NonFiniteError, PushError, UserError, run_cli
+from llm_unlearn.errors import NonFiniteError, PushError, Terminated, UserError, run_cli
 from llm_unlearn.hub import push_checkpoint
+from llm_unlearn.resuming import find_checkpoint, require_same_run
 
 WEIGHTS = bytes(range(256)) * 40
 
@@ -147,12 +148,11 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
 # ---- Resuming and rotating ----
 
 
-def trainer(output_dir, best=None, **state):
-    """The part of a trainer that resuming and rotating look at."""
+def trainer(output_dir, best=None):
+    """The part of a trainer that rotating looks at."""
     return types.SimpleNamespace(
         args=types.SimpleNamespace(output_dir=str(output_dir)),
         state=types.SimpleNamespace(best_model_checkpoint=best, global_step=7),
-        run_state=lambda: state,
     )
 
 
@@ -160,29 +160,39 @@ def test_resuming_takes_the_newest_complete_checkpoint(tmp_path):
     older = checkpoint(tmp_path, 9)
     checkpoint(tmp_path, 10, finished=False)
     for wanted in (True, "True", "true", "auto", str(older)):
-        assert CheckpointedTrainer._resolve(trainer(tmp_path), wanted) == str(older)
+        assert find_checkpoint(wanted, tmp_path) == str(older)
     for wanted in (None, False, "False", "false"):
-        assert CheckpointedTrainer._resolve(trainer(tmp_path), wanted) is None
+        assert find_checkpoint(wanted, tmp_path) is None
 
 
 def test_resuming_without_a_complete_checkpoint(tmp_path):
     partial = checkpoint(tmp_path, 10, finished=False)
-    assert CheckpointedTrainer._resolve(trainer(tmp_path), "auto") is None
+    assert find_checkpoint("auto", tmp_path) is None
     with pytest.raises(UserError, match="holds no complete checkpoint; pass auto to start anew"):
-        CheckpointedTrainer._resolve(trainer(tmp_path), "True")
+        find_checkpoint("True", tmp_path)
     with pytest.raises(UserError, match=r"checkpoint-10' cannot be used: it has no manifest\.json"):
-        CheckpointedTrainer._resolve(trainer(tmp_path), str(partial))
+        find_checkpoint(str(partial), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scaler.pt", "rng_state_1.pth", "pytorch_model.bin", "global_step/rank_1.pt"])
+def test_what_torch_would_read_must_be_in_the_manifest(name, tmp_path):
+    """Whoever can add a file to a checkpoint could otherwise have it loaded."""
+    folder = checkpoint(tmp_path, 1)
+    (folder / name).write_bytes(b"not ours")
+    for wanted in ("auto", str(folder)):
+        with pytest.raises(UserError, match=f"holds {name}, which its manifest does not list; delete it"):
+            find_checkpoint(wanted, tmp_path)
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs(tmp_path):
     folder = checkpoint(tmp_path, 1)
     (folder / RUN_STATE).write_text(json.dumps({"seed": 1, "streams": {"forget": "abc"}}))
-    require = CheckpointedTrainer._require_same_run
-    require(trainer(tmp_path, seed=1, streams={"forget": "abc"}), folder)
+    now = {"seed": 1, "streams": {"forget": "abc"}}
+    require_same_run(folder, now)
     with pytest.raises(UserError, match="seed was 1 and is 2"):
-        require(trainer(tmp_path, seed=2, streams={"forget": "abc"}), folder)
+        require_same_run(folder, {**now, "seed": 2})
     with pytest.raises(UserError, match="streams has other contents"):
-        require(trainer(tmp_path, seed=1, streams={"forget": "abd"}), folder)
+        require_same_run(folder, {**now, "streams": {"forget": "abd"}})
 
 
 def test_a_non_finite_loss_names_the_last_good_checkpoint(tmp_path):
@@ -373,6 +383,7 @@ def raising(error):
     [
         (UserError("two\n  lines"), 2, "two lines\n"),
         (PushError("saved, not pushed"), 3, "saved, not pushed\n"),
+        (Terminated("stopped by SIGTERM"), 143, "stopped by SIGTERM\n"),
         (KeyboardInterrupt(), 130, "interrupted; nothing half-written was left behind\n"),
     ],
 )
