@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import signal
 
 import torch
 from accelerate.utils import DistributedType
@@ -151,6 +152,7 @@ class StreamTrainer(CheckpointedTrainer):
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
+            worker_init_fn=_ignore_termination,
             # The epoch is set on the plan in this process, which kept workers would not see.
             persistent_workers=False,
         )
@@ -247,6 +249,11 @@ def warn_of_low_precision(model):
             "and compute in bfloat16 with --bf16 True",
             " and ".join(str(dtype).removeprefix("torch.") for dtype in low),
         )
+
+
+def _ignore_termination(worker):
+    """A SIGTERM goes to the whole group of processes: the loader's workers live on until the checkpoint is saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def padding_multiple(device):

@@ -52,6 +52,7 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
 
     def __post_init__(self):
         self._refuse_without_effect()
+        self._refuse_unseen_backend()
         self._fold_warmup()
         self._fold_precision()
         self._fold_fsdp()
@@ -105,6 +106,16 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
             raise UserError("--retain_reference has no effect without --eval_suite full")
         if self.max_steps == 0:
             raise UserError("--max_steps 0 would train nothing; pass a positive number, or leave it out")
+
+    def _refuse_unseen_backend(self):
+        """Refuse what a launcher chose through environment variables: nothing here would know of it, or save for it."""
+        for name in ("fsdp", "deepspeed"):
+            is_on = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1")
+            if is_on and not getattr(self, name):
+                raise UserError(
+                    f"the launcher switched {name} on (ACCELERATE_USE_{name.upper()}), but --{name} was not given; let "
+                    f"accelerate start the processes only (recipes/launch/accelerate.yaml) and pass --{name}"
+                )
 
     def _fold_warmup(self):
         if self.warmup_ratio is None:

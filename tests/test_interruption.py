@@ -217,6 +217,22 @@ def test_a_process_that_gets_sigterm_ends_with_its_code_and_kill_9_costs_one_sav
     assert history(tmp_path / "part") == history(tmp_path / "whole")
 
 
+def test_the_loaders_workers_live_on_when_the_whole_group_is_told(tiny_world, tmp_path):
+    """Launchers signal a process group; a worker that died of it took the run with it, before it could save."""
+    import psutil
+
+    flags = [*FLAGS, "--save_strategy", "steps", "--save_steps", "1", "--num_train_epochs", "20"]
+    words = command(tiny_world, "grad_diff", tmp_path / "out", *flags, "--dataloader_num_workers", "2")
+    with ranks.Ranks(main, words, launched=False) as started:
+        wait_for(tmp_path / "out/checkpoint-2")
+        children = psutil.Process(started.processes[0].pid).children()
+        for process in [*children, started.processes[0]]:
+            process.terminate()
+        outcome = started.wait()
+    assert children and outcome.codes == [143], outcome
+    assert incompleteness(checkpoints_of(tmp_path / "out")[0]) is None
+
+
 @pytest.mark.distributed
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tiny_world, tmp_path):
     """Rank 1 gets it alone. Both ranks save, stop and exit alike; rank 0 says it; two ranks resume to the same end."""

@@ -327,3 +327,10 @@ def test_completely_random_excludes_sampling(chosen):
 def test_top_k_and_top_p_have_ranges(chosen):
     with pytest.raises(UserError, match=r"--top_k must be >= 1 and --top_p in \(0, 1\]"):
         arguments(trainer_class("random_label").args_class, **chosen)
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])
+def test_a_backend_that_the_launcher_chose_behind_our_flags_is_refused(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv(f"ACCELERATE_USE_{backend.upper()}", "true")
+    with pytest.raises(UserError, match=f"the launcher switched {backend} on .* pass --{backend}"):
+        UnlearnArguments(output_dir=str(tmp_path))
