@@ -92,6 +92,31 @@ class UnlearnFlags(TokenizeFlags):
     retain_reference: str | None = flag(
         None, "results.json of a retrained model, for the forget quality and privacy of --eval_suite full."
     )
+    reference: str | None = flag(
+        None,
+        "The frozen model before unlearning: cached, its answers on the rows that will be visited, computed once; "
+        "adapter_off, the model with its LoRA adapters off; live, a second model. Default: adapter_off with LoRA, else "
+        "cached.",
+        choices=["live", "adapter_off", "cached"],
+    )
+    reference_cache: str | None = flag(
+        None, "Folder of --reference cached, kept for later runs; default: in the output directory, until it is done."
+    )
+    max_retain_rows: int | None = flag(
+        None,
+        "Use only so many rows of the retain set, drawn by the seed; they repeat, so that a cached reference is asked "
+        "about fewer.",
+    )
+    sequential_backward: bool = flag(
+        False,
+        "Forward and backward one stream after the other: the same gradients with half the activations, for twice as "
+        "many gathers of sharded weights.",
+    )
+    estimate_memory: str | None = flag(
+        None,
+        "Print how much memory the run takes on each device, and what to change where that is too much; nothing is "
+        "loaded. True asks about this machine, 24 about a GPU of 24 GB, 8x80 about eight processes with 80 GB each.",
+    )
     do_unlearn: bool = flag(True, "Train; the ACL 2024 commands pass it. False only prepares and checks.")
 
 

@@ -89,8 +89,10 @@ class FiniteGradients(TrainerCallback):
         else:
             gradients = [p.grad for p in trainer.model_wrapped.parameters() if p.grad is not None]
             gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
-            norms = torch._foreach_norm([g for g in gradients if g.numel()])
-            norm = torch.stack(norms).sum() if norms else torch.zeros((), device=args.device)
+            if not gradients:
+                raise RuntimeError("no parameter has a gradient after the backward: nothing would be trained")
+            held = [g for g in gradients if g.numel()]
+            norm = torch.stack(torch._foreach_norm(held)).sum() if held else torch.zeros((), device=args.device)
             norm = trainer.accelerator.reduce(norm, "sum")
             happened = "the update was not applied"
         if not torch.isfinite(norm):

@@ -78,7 +78,7 @@ class CheckpointedTrainer(Trainer):
             SavingError: a checkpoint could not be written; those before it are untouched.
         """
         self._run_state = self.run_state()
-        checkpoint = self._on_first_rank(lambda: self._find_checkpoint(resume_from_checkpoint))
+        checkpoint = self.on_first_rank(lambda: self._find_checkpoint(resume_from_checkpoint))
         self.interruption = Interruption(self)
         callback = Continuation(self, checkpoint)
         self.add_callback(callback)
@@ -135,7 +135,7 @@ class CheckpointedTrainer(Trainer):
             warn_of_random_state(checkpoint, self.args.world_size)
         return checkpoint
 
-    def _on_first_rank(self, function):
+    def on_first_rank(self, function):
         """Call a function on the first process alone, and give its result or its mistake to all."""
         answer = [None, None]
         if self.is_world_process_zero():

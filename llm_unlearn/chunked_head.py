@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from llm_unlearn.head import wide_dtype
 
@@ -115,6 +116,8 @@ class _TokenScores(torch.autograd.Function):
                 unit = [None, None, None]
                 unit[kind] = linear[part]
                 grads.add(part, chunk.backward(*unit), hidden[part], compute)
+            # Otherwise it lives on while the next one is made.
+            del chunk
         rows = 1 + (ref_hidden is not None) + settings.entropy
         wide = torch.promote_types(settings.dtype, torch.float32)
         values = torch.cat(found, 1) if found else hidden.new_zeros(rows, 0, dtype=wide)
@@ -125,6 +128,7 @@ class _TokenScores(torch.autograd.Function):
         return values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         hidden, weight, bias, labels, ref_hidden, linear, normalizers = ctx.saved_tensors
         units, ctx.units = ctx.units, None
@@ -145,6 +149,7 @@ class _TokenScores(torch.autograd.Function):
             )  # fmt: skip
             given = [None if kind is None else kind[part] for kind in kinds]
             grads.add(part, chunk.backward(*given), hidden[part], compute)
+            del chunk
         return *grads.scaled(1.0), None, None, None, None
 
 

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -186,6 +187,6 @@ def _load(auto_class, name, what, **kwargs):
         raise UserError(f"the {what} folder '{name}' does not exist")
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise UserError(f"the {what} '{name}' cannot be loaded: {first_line}") from error

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -53,10 +52,8 @@ class ReferenceCache:
             UserError: it is there, but was made from something else.
         """
         folder = Path(trainer.args.reference_cache or Path(trainer.args.output_dir) / FOLDER)
-        key = _shared(trainer, lambda: cache_key(trainer, readings))
-        refusal = _shared(trainer, lambda: _claim(folder, key, trainer.args.overwrite_output_dir))
-        if refusal:
-            raise UserError(refusal)
+        may_replace = trainer.args.overwrite_output_dir and not trainer.args.reference_cache
+        key = trainer.on_first_rank(lambda: _claim(folder, cache_key(trainer, readings), may_replace))
         return cls(folder, key, trainer.args.device, trainer.args.process_index)
 
     def reload(self):
@@ -201,29 +198,35 @@ def _ask(trainer, dataset: UnlearnDataset, name, rows, source):
 
 
 def _claim(folder, key, may_replace):
-    """Begin a cache, or go on with one of the same key; returns why it cannot be used, or None."""
+    """Begin a cache, or go on with one of the same key; returns the key."""
     path = folder / KEY
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--reference_cache '{folder}' is a file")
+    if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--reference_cache '{folder}' holds other files and no {KEY}; pass an empty or a new folder")
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in key if before.get(name) != key[name]]
+        changed = _differences(path, key)
         if not changed:
-            return None
+            return key
         if not may_replace:
-            return (
+            raise UserError(
                 f"the reference cache '{folder}' is stale: it was made with other {' and '.join(changed)}; "
                 "delete it, or pass another --reference_cache"
             )
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in [*folder.glob("*.safetensors"), *folder.glob("*.partial")]:
-        stale.unlink()
-    path.write_text(json.dumps(key, indent=1), encoding="utf-8")
-    return None
+    partial = folder.with_name(f"{folder.name}.{KEY}.partial")
+    partial.write_text(json.dumps(key, indent=1), encoding="utf-8")
+    os.replace(partial, path)
+    return key
 
 
-def _shared(trainer, function):
-    """Call a function on the first process, and give its result to all."""
-    answer = [function() if trainer.is_world_process_zero() else None]
-    return (broadcast_object_list(answer) if trainer.args.world_size > 1 else answer)[0]
+def _differences(path, key):
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        return [name for name in key if before.get(name) != key[name]]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"the reference cache's {path} cannot be read ({error}); delete the folder") from error
 
 
 def _digest(value):

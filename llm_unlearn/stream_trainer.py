@@ -8,6 +8,7 @@ import signal
 
 import torch
 from accelerate.utils import DistributedType
+from torch.nn.parallel import DistributedDataParallel
 
 from llm_unlearn.activations import truncate
 from llm_unlearn.checkpoints import CheckpointedTrainer
@@ -105,7 +106,8 @@ class StreamTrainer(CheckpointedTrainer):
                 is_last = self._only == streams[-1]
                 # DeepSpeed would step, and DDP would reduce, after each of the backwards.
                 state._set_sync_gradients(is_last_micro_batch and is_last)
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                waits = isinstance(model, DistributedDataParallel) and not is_last
+                with model.no_sync() if waits else contextlib.nullcontext():
                     loss = loss + super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._only = None

@@ -267,7 +267,8 @@ class UnlearnTrainer(StreamTrainer):
     def _ask_reference(self, inputs):
         """Return {stream: values} of the reference on a batch, asked in one forward and once for all who want it."""
         if self._asked[0] is not inputs:
-            streams = [name for name in self._frozen_reference.readings if name in inputs and self._runs(name)]
+            readings = self._frozen_reference.readings if self._frozen_reference else {}
+            streams = [name for name in readings if name in inputs and self._runs(name)]
             self._asked = inputs, self._frozen_reference.values(inputs, streams) if streams else {}
         return self._asked[1]
 

@@ -1,5 +1,6 @@
 """TrainingArguments with our flags, and the older names folded into today's."""
 
+import importlib.util
 import logging
 import math
 import os
@@ -52,6 +53,7 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
 
     def __post_init__(self):
         self._refuse_without_effect()
+        self._refuse_missing_packages()
         self._refuse_unseen_backend()
         self._fold_warmup()
         self._fold_precision()
@@ -85,6 +87,8 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
                 raise UserError(f"--{name} must be at least 0, and finite, but is {weight}")
         if weights and not any(weights.values()):
             raise UserError(f"{' and '.join(f'--{name}' for name in weights)} are 0, so that nothing would be trained")
+        if getattr(self, "retain_loss", None) == "none" and not weights["forget_weight"]:
+            raise UserError("--forget_weight 0 with --retain_loss none: nothing would be trained")
         if self.max_retain_rows is not None and self.max_retain_rows < 1:
             raise UserError(f"--max_retain_rows must be at least 1, but is {self.max_retain_rows}")
         if self.reference not in (None, "live", "adapter_off", "cached"):
@@ -106,6 +110,11 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
             raise UserError("--retain_reference has no effect without --eval_suite full")
         if self.max_steps == 0:
             raise UserError("--max_steps 0 would train nothing; pass a positive number, or leave it out")
+
+    def _refuse_missing_packages(self):
+        optim = str(getattr(self.optim, "value", self.optim))
+        if ("8bit" in optim or "paged" in optim) and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"--optim {optim} needs bitsandbytes: pip install bitsandbytes")
 
     def _refuse_unseen_backend(self):
         """Refuse what a launcher chose through environment variables: nothing here would know of it, or save for it."""

@@ -1,4 +1,4 @@
-"""An unlearning method whose losses end below the model's last layer, for tests: forget states shrink, retain ones stay.
+"""A method whose losses end below the model's last layer, for tests: forget states shrink, retain ones grow.
 
 --unlearn_method layer_method:ShrinkTrainer, with this folder on the path.
 """

@@ -20,7 +20,7 @@ from llm_unlearn.methods import METHODS, describe, trainer_class
 from llm_unlearn.parsing import parse
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "launch")
 NPO = ["--unlearn_method", "npo", "--target_model_name_or_path", "X"]
 # specs: README of yaojin17/Unlearning_LLM at d4b1287, behind `torchrun ... run_unlearn.py`.
 PUBLISHED = """--target_model_name_or_path ../../models/Yi-6B --per_device_train_batch_size 1 --do_unlearn

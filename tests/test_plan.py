@@ -1,12 +1,15 @@
 """The plan of batches: no row twice in an epoch, and the same rows in a step however it is cut."""
 
+import json
 import math
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_unlearn.data.plan import FILLER, BatchPlan, permutation
+from llm_unlearn.data.plan import FILLER, WINDOW_STEPS, BatchPlan, drawn_rows, permutation
 
 QUICK = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 ROWS = st.integers(1, 23)
@@ -160,3 +163,162 @@ def test_every_place_is_as_likely_for_a_row():
 def test_the_order_is_pinned():
     """Published runs name their seed: another order under the same seed would make them irreproducible."""
     assert permutation(42, "forget", 0, 8) == [7, 1, 4, 6, 5, 0, 2, 3]
+
+
+# ---- Rows ordered by length ----
+
+# Few different lengths, so that many are equal.
+LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=23)
+# (batch size, accumulation, processes) of a step of four rows.
+CUTS = [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
+
+
+def ordered(lengths, seed=0, cut=(4, 1, 1), rank=0, ratio=1, window_steps=3):
+    batch_size, accumulation, world_size = cut
+    sizes = {name: len(part) for name, part in lengths.items()}
+    return BatchPlan(
+        sizes, seed, batch_size, world_size, rank, {"retain": ratio}, accumulation, lengths, window_steps
+    )  # fmt: skip
+
+
+def steps_of(plan, epoch, cut):
+    """Return [{stream: rows}] of the optimizer steps of an epoch, fillers left out."""
+    batches, size = epoch_batches(plan, epoch), cut[1] * cut[2]
+    parts = [batches[first : first + size] for first in range(0, len(batches), size)]
+    return [{stream: rows_of(part, stream) for stream in plan.sizes} for part in parts]
+
+
+@QUICK
+@given(LENGTHS, LENGTHS, SEEDS, EPOCHS, st.integers(1, 2), st.integers(1, 4))
+def test_with_lengths_a_step_has_the_same_rows_however_it_is_cut(forget, retain, seed, epoch, ratio, window_steps):
+    lengths, found = {"forget": forget, "retain": retain}, []
+    for cut in CUTS:
+        plan = ordered(lengths, seed, cut, ratio=ratio, window_steps=window_steps)
+        found.append(steps_of(plan, epoch, cut))
+        slots = [row for batch in epoch_batches(plan, epoch) for stream, row in batch if stream == "forget"]
+        assert sorted(slots[: len(forget)]) == list(range(len(forget)))
+        assert slots[len(forget) :] == [FILLER] * (len(slots) - len(forget))
+    assert all(steps == found[0] for steps in found)
+    assert [len(step["forget"]) for step in found[0][:-1]] == [4] * (len(found[0]) - 1)
+    for step in found[0]:
+        for stream, rows in step.items():
+            sizes = [lengths[stream][row] for row in rows]
+            assert sizes == sorted(sizes, reverse=True) and len(rows) == (ratio if stream == "retain" else 1) * len(
+                step["forget"]
+            )
+
+
+@QUICK
+@given(LENGTHS, LENGTHS, SEEDS, EPOCHS, st.integers(1, 3), st.integers(1, 4))
+def test_with_lengths_each_window_has_the_rows_that_come_without(forget, retain, seed, epoch, ratio, window_steps):
+    """So every retain row has come as often as any other, but for what is in the window that is open."""
+    plan = ordered({"forget": forget, "retain": retain}, seed, ratio=ratio, window_steps=window_steps)
+    plain = BatchPlan(plan.sizes, seed, 4, ratio={"retain": ratio})
+    one, other = steps_of(plan, epoch, CUTS[0]), steps_of(plain, epoch, CUTS[0])
+    whole = len(forget) // 4
+    bounds = [*range(0, whole, window_steps), whole, len(one)]
+    for first, last in pairwise(bounds):
+        for stream in plan.sizes:
+            rows, expected = ([row for step in steps[first:last] for row in step[stream]] for steps in (one, other))
+            assert Counter(rows) == Counter(expected)
+    # Inside a window no step holds longer rows than a step which is not beside it in the order by length.
+    for first in range(0, whole, window_steps):
+        sizes = [[forget[row] for row in step["forget"]] for step in one[first : min(first + window_steps, whole)]]
+        sizes.sort(key=lambda step: (step[0], step[-1]))
+        assert all(shorter[0] <= longer[-1] for shorter, longer in pairwise(sizes))
+
+
+@QUICK
+@given(LENGTHS, LENGTHS, SEEDS, st.sampled_from(CUTS), st.integers(1, 2), st.data())
+def test_with_lengths_a_batch_is_a_pure_function_of_seed_epoch_and_number(forget, retain, seed, cut, ratio, data):
+    lengths = {"forget": forget, "retain": retain}
+    rank, epoch = data.draw(st.integers(0, cut[2] - 1)), data.draw(EPOCHS)
+    walked = ordered(lengths, seed, cut, rank, ratio)
+    for earlier in range(epoch + 1):
+        walked.set_epoch(earlier)
+        batches = list(walked)
+    permutation.cache_clear()
+    number = data.draw(st.integers(0, len(walked) - 1))
+    assert ordered(lengths, seed, cut, 0, ratio).batch(epoch, number, rank) == batches[number]
+
+
+@QUICK
+@given(LENGTHS, LENGTHS, SEEDS, st.sampled_from(CUTS), st.integers(1, 2), st.integers(0, 60), st.booleans())
+def test_visited_rows_are_those_of_all_ranks_together(forget, retain, seed, cut, ratio, count, has_lengths):
+    plan = ordered({"forget": forget, "retain": retain}, seed, cut, ratio=ratio)
+    plan.lengths = plan.lengths if has_lengths else None
+    found = {"forget": set(), "retain": set()}
+    for number in range(count):
+        for rank in range(cut[2]):
+            for stream, row in plan.batch(*divmod(number, len(plan)), rank):
+                found[stream] |= {row} - {FILLER}
+    assert plan.visited(count) == {stream: sorted(rows) for stream, rows in found.items()}
+
+
+def test_the_steps_of_a_window_come_in_an_order_that_is_drawn():
+    """Not always the longest first, which would be a schedule; and not the same in every window and epoch."""
+    lengths = {"forget": list(range(1, 8 * 4 * 3 + 3)), "retain": list(range(1, 300))}
+    orders = []
+    for epoch in range(6):
+        steps = steps_of(ordered(lengths, window_steps=8), epoch, CUTS[0])
+        assert len(steps) == 25 and len(steps[24]["forget"]) == 2
+        for first in (0, 8, 16):
+            longest = [max(step["forget"]) for step in steps[first : first + 8]]
+            orders.append(tuple(sorted(range(8), key=lambda place, longest=longest: -longest[place])))
+            # Long forget rows meet long retain rows.
+            retained = [max(step["retain"]) for step in steps[first : first + 8]]
+            assert retained.index(max(retained)) == longest.index(max(longest))
+    assert len(set(orders)) == 18
+    # Where the longest step comes: 18 draws of 8 places leave fewer than 4 places with a chance below 1e-4.
+    assert len({order[0] for order in orders}) >= 4
+    assert {tuple(step["forget"]) for step in steps} != {
+        tuple(step["forget"]) for step in steps_of(ordered(lengths, window_steps=8), 0, CUTS[0])
+    }
+
+
+def read_tofu(folder, name):
+    text = (folder / "tofu" / f"{name}.json").read_text(encoding="utf-8")
+    rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines() if line]
+    return [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
+
+
+def test_padding_of_tofu(shared_data):
+    """Processed tokens for each real one in an epoch, all of one step padded to its longest row: random order 1.4."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(shared_data / "tokenizers/gpt2.json"))
+    lengths = {}
+    for stream, name in (("forget", "forget10"), ("retain", "retain90")):
+        lengths[stream] = [len(part.ids) + 1 for part in tokenizer.encode_batch(read_tofu(shared_data, name))]
+    assert {name: len(part) for name, part in lengths.items()} == {"forget": 400, "retain": 3600}
+
+    def padding(seed, **ordering):
+        plan = BatchPlan({name: len(part) for name, part in lengths.items()}, seed, 8, **ordering)
+        processed = real = 0
+        for batch in plan:
+            sizes = [lengths[stream][row] for stream, row in batch]
+            processed, real = processed + max(sizes) * len(sizes), real + sum(sizes)
+        return processed / real
+
+    assert WINDOW_STEPS == 32
+    for seed in (0, 42):
+        assert padding(seed) > 1.38
+        assert padding(seed, lengths=lengths) <= 1.10
+
+
+@QUICK
+@given(st.integers(1, 60), st.integers(1, 80), SEEDS)
+def test_drawn_rows_are_a_sample_in_order(size, count, seed):
+    """Rows that are not equal to each other, so that a repeated one would be seen."""
+    rows = [{"number": number} for number in range(size)]
+    drawn = drawn_rows(rows, count, seed)
+    numbers = [row["number"] for row in drawn]
+    assert len(numbers) == min(count, size) and numbers == sorted(set(numbers))
+    assert drawn_rows(rows, count, seed) == drawn
+
+
+def test_drawn_rows_depend_on_the_seed_and_favor_none():
+    """Half of 20 rows over 400 seeds: each about 200 times; 50 is 5 standard deviations of 10."""
+    draws = [drawn_rows(range(20), 10, seed) for seed in range(400)]
+    counts = Counter(row for draw in draws for row in draw)
+    assert all(abs(counts[row] - 200) < 50 for row in range(20)) and len({tuple(draw) for draw in draws}) > 390

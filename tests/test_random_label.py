@@ -4,10 +4,12 @@ import types
 
 import pytest
 import torch
+from test_reference import make_trainer, with_lora
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_unlearn.data.streams import UnlearnCollator
 from llm_unlearn.data.tokenize import IGNORED
+from llm_unlearn.errors import UserError
 from llm_unlearn.methods.random_label import ALL_TOKENS, draw_sampled, draw_uniform, sample_from
 
 # Shapes: B sequences, T tokens, V vocabulary.
@@ -193,3 +195,38 @@ def test_uniform_labels_depend_on_the_seed_and_the_row_only():
     # Labels beyond the 64 ids of the inputs show that the whole vocabulary is drawn from.
     assert max(max(row["labels"]) for row in drawn) > V
     assert [row["input_ids"] for row in drawn] == [row["input_ids"] for row in rows]
+
+
+FLAGS = {
+    "likeliest": {"top_k": 1, "rm_groundtruth": True},
+    "nucleus": {"top_k": 7, "top_p": 0.9},
+    "legacy": {"top_k": 1, "rm_groundtruth": True, "legacy_shift": True},
+}
+
+
+@pytest.mark.parametrize("mode", ["cached", "live", "adapter_off"])
+@pytest.mark.parametrize("kind", FLAGS)
+def test_training_draws_the_labels_that_whole_logits_would_give(kind, mode, llama, tmp_path):
+    """From hidden states, row by row: what utils/save_tokenized_dataset.py draws from logits, in whatever batch.
+
+    The model's spread is wide enough that float32 rounding turns none of these draws.
+    """
+    rows = rows_of((17, 40, 3, 25))
+    expected = draw_sampled(llama, rows, arguments(**{"rm_groundtruth": False, **FLAGS[kind], "seed": 5}), batch_size=3)
+    model = LlamaForCausalLM(llama.config)
+    model.load_state_dict(llama.state_dict())
+    model = with_lora(model, init_lora_weights=False) if mode == "adapter_off" else model
+    flags = {"seed": 5, "reference": mode, "per_device_train_batch_size": 2, **FLAGS[kind]}
+    trainer = make_trainer("random_label", tmp_path, model, {"forget": rows}, **flags)
+    trainer._frozen_reference.prepare()
+    stream = trainer.data_collator([trainer.train_dataset[("forget", row)] for row in (2, 1, 3)])["forget"]
+    found = trainer._frozen_reference.values({"forget": stream}, ("forget",))["forget"]
+    assert found.tolist() == [label for row in (2, 1, 3) for label in expected[row]["labels"][1:]]
+
+
+def test_rows_that_bring_their_labels_ask_no_reference(llama, tmp_path):
+    rows = draw_sampled(llama, rows_of((17, 20)), arguments(), batch_size=2)
+    trainer = make_trainer("random_label", tmp_path, data={"forget": rows}, top_k=1, rm_groundtruth=True)
+    assert trainer._frozen_reference is None
+    with pytest.raises(UserError, match="--reference has no effect"):
+        make_trainer("random_label", tmp_path, data={"forget": rows}, top_k=1, rm_groundtruth=True, reference="live")

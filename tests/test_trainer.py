@@ -153,3 +153,25 @@ def test_every_method_has_a_trainer_with_a_short_compute_loss():
         found = trainer_class(method)
         assert issubclass(found, UnlearnTrainer) and "compute_loss" in vars(found) | vars(found.__mro__[1])
         assert len(inspect.getsource(found.compute_loss).splitlines()) <= 15
+
+
+def test_fewer_retain_rows_by_the_seed(tiny_world, tmp_path, capsys):
+    """5 of 13 rows, which repeat where ten are needed; the same ones under the same --data_seed, whatever else runs."""
+    retained, drawn = [], []
+    for number, seed in enumerate((7, 7, 8)):
+        flags = ["--max_retain_rows", 5, "--data_seed", seed, "--max_steps", 1]
+        assert main(command(tiny_world, ("npo", "grad_diff", "npo")[number], tmp_path / str(number), *flags)) == 0
+        streams = json.loads((tmp_path / str(number) / "unlearning.json").read_text())["streams"]
+        retained.append(streams["retain"]["rows"])
+        drawn.append(streams["retain"]["sha256"])
+        assert streams["forget"]["rows"] == 10
+    assert retained == [5, 5, 5] and drawn[0] == drawn[1] != drawn[2]
+    assert main(command(tiny_world, "npo", tmp_path / "all", "--max_retain_rows", 99, "--max_steps", 1)) == 0
+    streams = json.loads((tmp_path / "all/unlearning.json").read_text())["streams"]
+    assert streams["retain"]["rows"] == 13
+    capsys.readouterr()
+    for method, flags in {"gradient_ascent": [], "grad_diff": ["--retain_loss", "none"]}.items():
+        assert main(command(tiny_world, method, tmp_path / method, "--max_retain_rows", 5, *flags)) == 2
+        assert capsys.readouterr().err.splitlines()[-1].endswith("has no effect: this run reads no retain set")
+    assert main(command(tiny_world, "npo", tmp_path / "none", "--max_retain_rows", 0)) == 2
+    assert "--max_retain_rows must be at least 1, but is 0" in capsys.readouterr().err.splitlines()[-1]

@@ -7,6 +7,7 @@ import sys
 import time
 
 from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.memory.request import split_request
 from llm_unlearn.parsing import parse
 from llm_unlearn.processes import set_up_logging
 
@@ -19,12 +20,17 @@ def main(argv=None):
     Args:
         argv: list of words; None takes the process's own.
     Returns:
-        int exit code: 0 done, 2 the user's mistake, 3 saved but not pushed.
+        int exit code: 0 done, 2 the user's mistake, 3 saved but not pushed, 143 stopped by SIGTERM with a checkpoint.
     """
     return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
 
 
 def _main(argv):
+    request, words, config = split_request(argv)
+    if request is not None:
+        from llm_unlearn.memory.command import print_estimate
+
+        return print_estimate(request, words, config)
     parsed = parse(argv)
     if parsed is None:
         return
@@ -153,6 +159,7 @@ def _train_and_save(parsed, trainer, sources):
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     record = run_record(parsed, start_model(parsed), trainer, sources, time.time() - started)
     save_final(trainer, {"unlearning.json": as_json(record), "README.md": model_card(record)})
+    trainer.discard_reference_cache()
     logger.info("the unlearned model is in %s", args.output_dir)
     if trainer.push_requested and trainer.is_world_process_zero():
         token = args.hub_token or parsed.data.token
