@@ -1,11 +1,12 @@
 # Two commands do everything on a fresh machine: make demo, make test. Each makes .venv when it is missing.
+# make test holds one run for each backend and family of methods; make test-full the whole matrix and every kill.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint docs format clean
+.PHONY: demo test test-full bench lint docs format clean
 
 $(VENV)/.installed: setup.py requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +18,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+
+test-full: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 -m full
+
+# Real rows: make bench TOKENIZER="gpt2.json 20B_tokenizer.json" DATA_DIR=tofu; ten minutes on two cores.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/training.py $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(DATA_DIR),--data_dir $(DATA_DIR)) \
+		--output output/training.json --page docs/performance.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm_unlearn.activations import truncate
 from llm_unlearn.checkpoints import CheckpointedTrainer
-from llm_unlearn.data.plan import BatchPlan, drawn_rows
+from llm_unlearn.data.plan import WINDOW_STEPS, BatchPlan, drawn_rows
 from llm_unlearn.data.streams import UnlearnDataset
 from llm_unlearn.errors import UserError
 from llm_unlearn.head import counts, wide_dtype
@@ -117,6 +117,7 @@ class StreamTrainer(CheckpointedTrainer):
     def make_plan(self):
         """Return the plan of batches of this process."""
         args = self.args
+        strategy = args.train_sampling_strategy
         return BatchPlan(
             self.train_dataset.sizes,
             args.data_seed if args.data_seed is not None else args.seed,
@@ -125,7 +126,8 @@ class StreamTrainer(CheckpointedTrainer):
             args.process_index,
             self.rows_per_anchor(),
             args.gradient_accumulation_steps,
-            self.train_dataset.lengths,
+            None if strategy == "random" else self.train_dataset.lengths,
+            WINDOW_STEPS if strategy == "group_by_length" else 1,
         )
 
     def visited_rows(self):
@@ -137,7 +139,7 @@ class StreamTrainer(CheckpointedTrainer):
         """Return {"rows": {stream: different rows}, "tokens", "tokens_forwarded"}: what training reads in all."""
         plan = self.make_plan()
         count = self._num_batches(plan)
-        tokens, forwarded = plan.tokens(count, self.data_collator.multiple)
+        tokens, forwarded = plan.tokens(count, self.train_dataset.lengths, self.data_collator.multiple)
         rows = {stream: len(visited) for stream, visited in plan.visited(count).items()}
         return {"rows": rows, "tokens": tokens, "tokens_forwarded": forwarded}
 

@@ -26,7 +26,6 @@ _FSDP_WORDS = {
 _WITHOUT_EFFECT = {
     "label_smoothing_factor": "the methods define their own losses",
     "dataloader_drop_last": "the last batch is filled with rows of weight zero",
-    "train_sampling_strategy": "the plan of batches draws a seeded permutation",
     "auto_find_batch_size": "the plan of batches is fixed before training; pass --per_device_train_batch_size",
     "hub_strategy": "the Trainer never pushes; --push_to_hub uploads once, after everything is on disk",
     "hub_always_push": "the Trainer never pushes; --push_to_hub uploads once, after everything is on disk",
@@ -46,6 +45,13 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
     Raises:
         UserError: contradicting flags, or a flag that cannot take effect.
     """
+
+    train_sampling_strategy: str = flag(
+        "group_by_length",
+        "Which rows meet: group_by_length, rows of similar length, drawn for windows of 20 steps; batch_rebalance, "
+        "any rows, ordered by length inside a step, which changes no update; random, in the order drawn.",
+        choices=["group_by_length", "batch_rebalance", "random"],
+    )
 
     logging_steps: float = flag(1, "Log every this many steps, or every this share of them below 1.")
 
@@ -101,6 +107,11 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
             raise UserError(f"--max_length must be at least 1, but is {self.max_length}")
         if self.num_train_epochs <= 0 and self.max_steps < 0:
             raise UserError(f"--num_train_epochs must be above 0, but is {self.num_train_epochs}")
+        if self.train_sampling_strategy not in ("group_by_length", "batch_rebalance", "random"):
+            raise UserError(
+                "--train_sampling_strategy must be group_by_length, batch_rebalance or random, but is "
+                f"'{self.train_sampling_strategy}'"
+            )
         if self.eval_suite not in ("light", "full"):
             raise UserError(f"--eval_suite must be light or full, but is '{self.eval_suite}'")
         evaluates = self.do_eval or str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"

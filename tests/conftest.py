@@ -68,3 +68,15 @@ def demo_tokenizer():
         eos_token="</s>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say by how much each backend differed from one process at most (test_matrix.py)."""
+    worst = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "deviation" and getattr(report, "when", None) == "call":
+                backend, what, deviation = value
+                worst[backend, what] = max(deviation, worst.get((backend, what), 0.0))
+    for (backend, what), deviation in sorted(worst.items()):
+        terminalreporter.write_line(f"worst deviation of {backend}, {what}: {deviation:.1e}")

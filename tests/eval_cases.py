@@ -1,12 +1,7 @@
-"""Command lines of run_eval.py and what they leave behind, for the tests; and several of them under one torchrun.
-
-torchrun --nproc_per_node=2 tests/eval_cases.py CASES.json, a list of {"name", "argv"}; rank 0 writes the exit codes to
-CASES.json.done. One start of two processes costs 10 seconds.
-"""
+"""Command lines of run_eval.py and what they leave behind, for the tests."""
 
 import json
 import math
-import sys
 from pathlib import Path
 
 from llm_unlearn.cli.evaluate import main
@@ -129,18 +124,3 @@ def make_adapter(base, folder):
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     adapted.save_pretrained(folder)
     return adapted
-
-
-if __name__ == "__main__":
-    from accelerate import PartialState
-
-    cases_path, codes = Path(sys.argv[1]), {}
-    for case in json.loads(cases_path.read_text()):
-        try:
-            codes[case["name"]] = main(case["argv"])
-        except Exception as error:
-            codes[case["name"]] = f"{type(error).__name__}: {error}"
-        PartialState().wait_for_everyone()
-        if PartialState().process_index == 0:
-            Path(f"{cases_path}.done").write_text(json.dumps(codes))
-    PartialState().destroy_process_group()

@@ -48,7 +48,7 @@ BAD_FLAGS = {
     "seed": (["--seed", "-1"], "--seed must not be negative"),
     "max_train_samples": (["--max_train_samples", "-3"], "--max_train_samples must be at least 1"),
     "forget_split": (["--forget_split", "forget01"], "--forget_split has no effect with --forget_data"),
-    "sampling": (["--train_sampling_strategy", "group_by_length"], "has no effect"),
+    "sampling": (["--train_sampling_strategy", "sequential"], "sequential"),
     "long_name": (["--retain_data", "a" * 300], "does not exist"),
     "template_kwargs": (["--chat_template_kwargs", "{date"], "is not valid JSON"),
     "nop": (["--unlearn_method", "nop"], "did you mean 'npo'"),

@@ -72,7 +72,7 @@ def test_padding_changes_nothing(tiny_world, start_weights, tmp_path, monkeypatc
 
     original = UnlearnCollator.__init__
 
-    def padding_more(self, pad_token_id=0):
+    def padding_more(self, pad_token_id=0, multiple=1):
         original(self, pad_token_id, 64)
 
     shapes = {"1x4": (4, 1)}

@@ -198,7 +198,7 @@ def test_a_gradient_ascent_checkpoint_is_over_unlearned(tiny_world, tmp_path, ca
     from llm_unlearn.cli.unlearn import main as unlearn
     from llm_unlearn.data.synthetic import make_world
 
-    flags = ["--optim", "adamw_torch", "--learning_rate", "2e-3", "--num_train_epochs", "6", "--max_grad_norm", "1"]
+    flags = ["--optim", "adamw_torch", "--learning_rate", "4e-3", "--num_train_epochs", "12", "--max_grad_norm", "1"]
     assert unlearn(command(tiny_world, "gradient_ascent", tmp_path / "ascent", *flags)) == 0
     unseen = tmp_path / "unseen.jsonl"
     unseen.write_text("".join(json.dumps(row) + "\n" for row in make_world(0)["holdout"][:30]))

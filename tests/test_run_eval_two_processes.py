@@ -1,17 +1,16 @@
 """However the rows are cut into batches, processes and runs, every example gets the same values, each asked once."""
 
-import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import ranks
 from eval_cases import (
     FEW,
     differences,
@@ -25,6 +24,8 @@ from eval_cases import (
     values,
     write_small_tofu,
 )
+
+from llm_unlearn.cli.evaluate import main
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -156,7 +157,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(words, whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def two(words, whole, tiny_world, shared_data, tmp_path_factory):
-    """Everything that two processes are asked, under one torchrun; returns (folder, what was said on stderr)."""
+    """Everything that two processes are asked; returns (folder, what was said on stderr)."""
     folder = tmp_path_factory.mktemp("two")
     demo = ["--model_name_or_path", tiny_world["model"], "--domain", "demo", *FEW]
     acl = ["--model_name_or_path", tiny_world["base"], *PUBLISHED.split(), "--domain", "github"]
@@ -169,20 +170,12 @@ def two(words, whole, tiny_world, shared_data, tmp_path_factory):
         "demo": [*demo, "--reference_model", tiny_world["base"]],
         "one_row": [*words, "--max_eval_samples", "1", "--max_new_tokens", "1"],
     }
-    words = [{"name": name, "argv": [*argv, "--output_dir", str(folder / name)]} for name, argv in cases.items()]
-    (folder / "cases.json").write_text(json.dumps(words))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*start, str(ROOT / "tests/eval_cases.py"), str(folder / "cases.json")], env=ENVIRONMENT, cwd=ROOT,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    codes = json.loads((folder / "cases.json.done").read_text())
-    assert codes == {name: 2 if "mistake" in name else 0 for name in cases}
-    return folder, done.stderr
+    said = []
+    for name, argv in cases.items():
+        outcome = ranks.run(main, [*argv, "--output_dir", folder / name], processes=2)
+        assert outcome.codes == ([2, 2] if "mistake" in name else [0, 0]), f"{name}: {outcome}"
+        said += outcome.said
+    return folder, "".join(said)
 
 
 @pytest.mark.distributed

@@ -1,7 +1,28 @@
 """The two models that unlearning is measured against: the target, which knows all, and the retrained gold standard."""
 
+from dataclasses import dataclass
+
+from llm_unlearn.arguments import flag
 from llm_unlearn.objectives.likelihood import nll
 from llm_unlearn.trainer import UnlearnTrainer
+from llm_unlearn.training_arguments import UnlearnArguments
+
+
+@dataclass
+class FinetuneArguments(UnlearnArguments):
+    """Arguments of `finetune`, whose steps mix rows of all lengths: a model that learns needs them."""
+
+    train_sampling_strategy: str = flag(
+        "batch_rebalance",
+        "Which rows meet: batch_rebalance, any rows, ordered by length inside a step, which changes no update; "
+        "group_by_length, rows of similar length; random, in the order drawn.",
+        choices=["group_by_length", "batch_rebalance", "random"],
+    )
+
+
+@dataclass
+class RetrainArguments(FinetuneArguments):
+    """Arguments of `retrain`."""
 
 
 class FinetuneTrainer(UnlearnTrainer):
@@ -10,6 +31,7 @@ class FinetuneTrainer(UnlearnTrainer):
     Source: the target models of TOFU, Maini et al. 2024, arXiv:2401.06121.
     """
 
+    args_class = FinetuneArguments
     optional_streams = ("retain",)
     token_terms = ("train",)
 
@@ -29,5 +51,6 @@ class RetrainTrainer(FinetuneTrainer):
     Source: exact unlearning, Cao and Yang 2015; the baseline of Yao et al. 2024, arXiv:2402.15159.
     """
 
+    args_class = RetrainArguments
     streams = ("retain",)
     optional_streams = ()
