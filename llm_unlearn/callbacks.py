@@ -93,7 +93,8 @@ class FiniteGradients(TrainerCallback):
                 raise RuntimeError("no parameter has a gradient after the backward: nothing would be trained")
             held = [g for g in gradients if g.numel()]
             norm = torch.stack(torch._foreach_norm(held)).sum() if held else torch.zeros((), device=args.device)
-            norm = trainer.accelerator.reduce(norm, "sum")
+            # With offloading the gradients are on the CPU, which has no collectives beside a GPU's.
+            norm = trainer.accelerator.reduce(norm.to(args.device), "sum")
             happened = "the update was not applied"
         if not torch.isfinite(norm):
             raise NonFiniteError(trainer.non_finite_message("a gradient", happened))

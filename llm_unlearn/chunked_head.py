@@ -216,7 +216,9 @@ class _Chunk:
 
 
 def _row_products(first, second):
-    """Return the (C,) inner products of the rows of two (C, V) tensors, without a third one."""
+    """Return the (C,) inner products of the rows of two (C, V) tensors."""
+    if first.device.type != "cpu":  # where a product of matrices may run in TF32
+        return (first * second).sum(-1)
     return torch.bmm(first.unsqueeze(1), second.unsqueeze(2)).reshape(-1)
 
 
@@ -250,8 +252,8 @@ class _Gradients:
     def scaled(self, factor):
         """Return (hidden, weight, bias) gradients times a number; they are not to be used again."""
         parts = (self.hidden, self.weight, self.bias)
-        if not (isinstance(factor, float) and factor == 1.0):
-            parts = [None if part is None else part.mul_(factor.to(part.dtype)) for part in parts]
+        if factor != 1:
+            parts = [None if part is None else part.mul_(factor) for part in parts]
         hidden, weight, bias = parts
         return (
             hidden,
@@ -272,7 +274,8 @@ def _common_factor(grad, kind, linear):
     fits = misses <= 1e-6 * largest
     for row in others:
         fits = fits & (row == 0).all()
-    return factor if bool(fits) else None
+    # A Python number: as a tensor it would be rounded to the dtype of what it scales.
+    return float(factor) if bool(fits) else None
 
 
 def _chunks(count, settings):

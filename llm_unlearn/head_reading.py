@@ -60,7 +60,7 @@ class HeadReader:
             return read(self.head, model(**inputs).logits)
         with self._replaced(read) as found:
             output = model(**inputs).logits
-        return output if torch.is_grad_enabled() else found[0]
+        return output.view(found[0].shape) if torch.is_grad_enabled() else found[0]
 
     @contextlib.contextmanager
     def _replaced(self, read):
@@ -70,7 +70,8 @@ class HeadReader:
 
         def forward(hidden):
             found.append(read(self.head, hidden))
-            return found[0] if torch.is_grad_enabled() else hidden.new_zeros(1)
+            # Three axes, as logits have, for models that look at them.
+            return found[0].view(1, 1, -1) if torch.is_grad_enabled() else hidden.new_zeros(*hidden.shape[:-1], 1)
 
         def replace_logits(_module, _arguments, output):
             output.logits = kept[0]
@@ -94,21 +95,23 @@ class HeadReader:
 
     @torch.no_grad()
     def _probe(self, model, input_ids, attention_mask):
-        """Compare a few tokens' log-probabilities with those of the model's own logits; all processes together."""
+        """Compare what the model makes of its head's output with what `Head` would; all processes together.
+
+        It is one and the same product on both sides, so that only what is done to it afterwards can differ.
+        """
         self.is_probed = True
         if self.head.is_dense:
             return
         ids, mask = input_ids[:1, :_PROBE_TOKENS], attention_mask[:1, :_PROBE_TOKENS]
-        was_training = model.training
+        was_training, products = model.training, []
+        hook = self.head.module.register_forward_hook(lambda _module, _arguments, output: products.append(output))
         model.eval()
         try:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
-            found = self(model, lambda head, hidden: head.scores(hidden[0], ids[0])[0], ids, mask)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         finally:
+            hook.remove()
             model.train(was_training)
-        expected = token_logps(logits, ids[0])
-        tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.25
-        if not torch.allclose(found.to(expected.dtype), expected, atol=tolerance, rtol=tolerance):
+        if not products or not self.head.agrees(products[-1], logits):
             logger.warning("this model changes its logits in a way of its own: they are made whole, which takes memory")
             self.head.is_dense = True
 
@@ -171,6 +174,21 @@ class Head:
         self.module = find() if find else None
         self.is_dense = self.module is None
         self.project = None
+
+    def agrees(self, product, logits):
+        """Return whether logits are the head's product with scale and softcap, and nothing else.
+
+        Args:
+            product: (B, T, V) what the head returned.
+            logits: what the model returned.
+        """
+        if product.shape != logits.shape:
+            return False
+        expected, logits = self._finished(product), logits.to(torch.promote_types(logits.dtype, torch.float32))
+        is_narrow = product.dtype in (torch.bfloat16, torch.float16)
+        # Scale and softcap round once more where the model applies them in its own narrow dtype.
+        tolerance = 1e-2 if is_narrow and (self.softcap or self.scale != 1) else 1e-5
+        return torch.allclose(expected.to(logits.dtype), logits, rtol=tolerance, atol=tolerance)
 
     def is_plain(self):
         """Return whether the head is one weight and at most a bias: no adapter on it, no quantized weight."""

@@ -68,7 +68,8 @@ class Reference:
 
     def __init__(self, trainer, readings):
         self.trainer, self.readings = trainer, readings
-        self.mode = _mode(trainer)
+        self.has_adapters_on = is_peft(trainer.model) and not _adapters_are_neutral(trainer)
+        self.mode = _mode(trainer, self.has_adapters_on)
         self.model = frozen_copy(trainer) if self.mode == "live" else None
         self._reader = HeadReader(extract_model_from_parallel(self.model)) if self.mode == "live" else trainer.reader
         self.projection = _projection(trainer, self) if HIDDEN in readings.values() else None
@@ -82,17 +83,26 @@ class Reference:
         """
         if self.mode != "cached" or self.cache is not None:
             return
-        self.cache = ReferenceCache.open(self.trainer, self.readings)
-        visited = self.trainer.visited_rows()
-        missing = self.cache.missing({name: visited[name] for name in self.readings})
+        trainer = self.trainer
+        cache = ReferenceCache.open(trainer, self.readings, self.has_adapters_on)
+        visited = trainer.visited_rows()
+        visited = {name: visited[name] for name in self.readings}
+        # What one process says, because another may have looked before or after somebody wrote.
+        missing = trainer.on_first_rank(lambda: cache.missing(visited))
         if any(missing.values()):
+            if trainer.state.global_step > 0:
+                raise UserError("the model has trained, and cannot say what it said before; pass --reference live")
             with self._before_training() as source:
-                fill(self.trainer, self.cache, self.readings, missing, source)
+                fill(trainer, cache, self.readings, missing, source)
+        if any(cache.missing(visited).values()):
+            raise UserError(f"process {trainer.args.process_index} does not see what others wrote to '{cache.folder}'")
+        self.cache = cache
 
     def discard(self):
         """Delete the cache of a finished run, unless its place was asked for by name."""
         if self.cache is not None and not self.trainer.args.reference_cache and self.trainer.args.should_save:
             self.cache.delete()
+            self.cache = None
 
     def values(self, inputs, streams):
         """Return {stream: (N, ...)} of what its Reading says about a batch, without gradients.
@@ -125,13 +135,16 @@ class Reference:
             yield model
             return
         policy = self.trainer.model_wrapped
-        was_training = policy.training
+        was_training, frozen = policy.training, [p for p in policy.parameters() if not p.requires_grad]
         policy.eval()
         try:
             with self.trainer.unwrapped(policy).disable_adapter():
                 yield policy
         finally:
             policy.train(was_training)
+            # PEFT lets everything in the active adapters train when it switches them on again.
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
     @contextlib.contextmanager
     def _before_training(self):
@@ -141,12 +154,14 @@ class Reference:
         """
         trainer = self.trainer
         is_whole = not trainer.is_sharded()
-        model = trainer.model.to(trainer.args.device) if is_whole else frozen_copy(trainer)
+        is_placed = hasattr(trainer.model, "hf_device_map") or getattr(trainer.model, "is_quantized", False)
+        if is_whole and not is_placed:
+            trainer.model.to(trainer.args.device)
+        model = trainer.model if is_whole else frozen_copy(trainer)
         reader, was_training = HeadReader(extract_model_from_parallel(model)), model.training
         model.eval()
         try:
-            with model.disable_adapter() if is_peft(model) else contextlib.nullcontext():
-                yield functools.partial(self.read, reader, model)
+            yield functools.partial(self.read, reader, model)
         finally:
             model.train(was_training)
             if not is_whole:
@@ -161,12 +176,33 @@ def is_peft(model):
     return hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
 
 
-def _mode(trainer):
+def _adapters_are_neutral(trainer):
+    """Return whether the model without its adapters is the model with them, and stays so: adapters that just began."""
+    model = trainer.model
+    theirs = ("lora_", "modules_to_save", "trainable_tokens")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trains_others = any(not any(part in name for part in theirs) for name in trained)
+    began = sum(
+        # Under ZeRO-3 each process sees its part.
+        getattr(p, "ds_tensor", p).detach().count_nonzero().to(trainer.args.device).float()
+        for name, p in model.named_parameters()
+        if "lora_B" in name or "lora_embedding_B" in name
+    )
+    changed = trainer.accelerator.reduce(torch.as_tensor(began, device=trainer.args.device).float(), "sum") > 0
+    return not trains_others and not bool(changed)
+
+
+def _mode(trainer, has_adapters_on):
     """Return what `--reference` asks for, or what suits best: never a second model where one can be avoided."""
     asked, has_adapters = trainer.args.reference, is_peft(trainer.model)
     if asked == "adapter_off" and not has_adapters:
         raise UserError("--reference adapter_off needs adapters to switch off; pass --use_peft True or another mode")
-    return asked or ("adapter_off" if has_adapters else "cached")
+    if asked == "adapter_off" and has_adapters_on:
+        raise UserError(
+            "--reference adapter_off: the model before unlearning is not the one without its adapters, because they "
+            "have trained before or other weights train too; pass --reference cached"
+        )
+    return asked or ("adapter_off" if has_adapters and not has_adapters_on else "cached")
 
 
 def frozen_copy(trainer):

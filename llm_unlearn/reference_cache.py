@@ -16,12 +16,12 @@ from llm_unlearn.data.plan import FILLER
 from llm_unlearn.data.streams import UnlearnDataset
 from llm_unlearn.errors import UserError
 from llm_unlearn.head import counted_positions
-from llm_unlearn.models import model_fingerprint
+from llm_unlearn.models import LOADED_WITH, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
 FOLDER, KEY = "reference_cache", "key.json"
-_FLUSH_BYTES = 2**30
+_FLUSH_BYTES, _FLUSH_ROWS = 2**28, 2**12
 
 
 class ReferenceCache:
@@ -40,12 +40,13 @@ class ReferenceCache:
         self.reload()
 
     @classmethod
-    def open(cls, trainer, readings):
+    def open(cls, trainer, readings, with_adapters=False):
         """Open the cache of a run, or begin it; all processes together.
 
         Args:
             trainer: UnlearnTrainer.
             readings: {stream: Reading}.
+            with_adapters: whether the adapters are part of the model before training.
         Returns:
             ReferenceCache.
         Raises:
@@ -53,7 +54,7 @@ class ReferenceCache:
         """
         folder = Path(trainer.args.reference_cache or Path(trainer.args.output_dir) / FOLDER)
         may_replace = trainer.args.overwrite_output_dir and not trainer.args.reference_cache
-        key = trainer.on_first_rank(lambda: _claim(folder, cache_key(trainer, readings), may_replace))
+        key = trainer.on_first_rank(lambda: _claim(folder, cache_key(trainer, readings, with_adapters), may_replace))
         return cls(folder, key, trainer.args.device, trainer.args.process_index)
 
     def reload(self):
@@ -152,7 +153,7 @@ def fill(trainer, cache, readings, missing, source):
             found = _ask(trainer, dataset, name, mine or [FILLER], source)
             done.update({row: values for row, values in found.items() if row != FILLER})
             size += sum(values.nbytes for values in found.values())
-            if size > _FLUSH_BYTES:
+            if size > _FLUSH_BYTES or len(done) >= _FLUSH_ROWS:
                 cache.write(name, done)
                 done, size = {}, 0
         cache.write(name, done)
@@ -161,13 +162,15 @@ def fill(trainer, cache, readings, missing, source):
     logger.info("the reference's answers take %.1f MB in %s", cache.num_bytes() / 1e6, cache.folder)
 
 
-def cache_key(trainer, readings):
+def cache_key(trainer, readings, with_adapters=False):
     """Return what a cache's values depend on, as JSON; any difference makes the cache stale."""
+    language_model = trainer.reader.language_model
     tokenizer, args = trainer.processing_class, trainer.args
     template = args.question_template or getattr(tokenizer, "chat_template", None)
     precision = "bf16" if args.autocast_in_forward else trainer.accelerator.mixed_precision
     return {
-        "weights": weights_fingerprint(trainer),
+        "weights": weights_fingerprint(trainer, with_adapters),
+        "config": [type(language_model).__name__, _config_digest(language_model.config)],
         "precision": f"{trainer.model.dtype} computed in {precision}".replace("torch.", ""),
         "tokenizer": None if tokenizer is None else _digest(sorted(tokenizer.get_vocab().items())),
         "template": _digest(template),
@@ -176,17 +179,28 @@ def cache_key(trainer, readings):
     }
 
 
-def weights_fingerprint(trainer):
-    """Return the sha256 of the weights before training, without adapters; of their files under ZeRO-3."""
+def weights_fingerprint(trainer, with_adapters=False):
+    """Return the sha256 of the weights and buffers before training; of the weights' files under ZeRO-3."""
+    model = trainer.reader.language_model
     if trainer.zero_stage() == 3:
-        return model_fingerprint(trainer.model.config._name_or_path)
-    found = hashlib.sha256()
-    for name, weight in trainer.reader.language_model.named_parameters():
-        if "lora_" not in name:
+        loaded_with = getattr(model, LOADED_WITH, {})
+        where = {key: loaded_with[key] for key in ("revision", "cache_dir", "token") if key in loaded_with}
+        return model_fingerprint(model.config._name_or_path, **where)
+    found, skips_adapters = hashlib.sha256(), hasattr(trainer.model, "peft_config") and not with_adapters
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        if not (skips_adapters and "lora_" in name):
             plain = name.replace(".base_layer", "").replace("base_model.model.", "")
             found.update(f"{plain}{tuple(weight.shape)}{weight.dtype}".encode())
-            found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _config_digest(config):
+    """Return a digest of what a config says about the computation: rotary scales, softcaps, the kind of attention."""
+    said = config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        said.pop(name, None)
+    return _digest(json.loads(json.dumps([said, config._attn_implementation], default=str, sort_keys=True)))
 
 
 def _ask(trainer, dataset: UnlearnDataset, name, rows, source):
@@ -214,7 +228,10 @@ def _claim(folder, key, may_replace):
                 "delete it, or pass another --reference_cache"
             )
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--reference_cache '{folder}' cannot be made: {error.strerror}") from error
     partial = folder.with_name(f"{folder.name}.{KEY}.partial")
     partial.write_text(json.dumps(key, indent=1), encoding="utf-8")
     os.replace(partial, path)

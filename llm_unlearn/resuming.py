@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
+from llm_unlearn.data.plan import WINDOW_STEPS
 from llm_unlearn.errors import UserError
 from llm_unlearn.manifests import incompleteness, listed_files, newest_complete
 
@@ -22,7 +23,7 @@ _FREE_TO_CHANGE |= {"reference", "reference_cache", "sequential_backward"}
 # The checkpoint's own values of most of these come back with the optimizer, so that another one would change nothing.
 _UPDATE = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _UPDATE += ("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "neftune_noise_alpha")
-_UPDATE += ("bf16", "fp16", "optim_target_modules")
+_UPDATE += ("bf16", "fp16", "optim_target_modules", "train_sampling_strategy")
 _LENGTH = ("num_train_epochs", "max_steps")
 _WRITTEN_BY_PEFT = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 _READ_BY_TORCH = {".pt", ".pth", ".bin", ".safetensors"}
@@ -80,6 +81,7 @@ def run_state(trainer):
         "data_seed": args.data_seed,
         "settings": {name: getattr(args, name) for name in sorted({*knobs, *_UPDATE})},
         "adapters": {name: _adapter(config) for name, config in getattr(model, "peft_config", {}).items()},
+        "window_steps": WINDOW_STEPS,
         "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "streams": trainer.train_dataset.fingerprints if trainer.train_dataset is not None else {},
         "length": {name: getattr(args, name) for name in _LENGTH},

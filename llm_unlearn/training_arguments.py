@@ -49,7 +49,8 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
     train_sampling_strategy: str = flag(
         "group_by_length",
         "Which rows meet: group_by_length, rows of similar length, drawn for windows of 20 steps; batch_rebalance, "
-        "any rows, ordered by length inside a step, which changes no update; random, in the order drawn.",
+        "any rows, ordered by length inside a step, which changes no update; random, in the order drawn. A step divides "
+        "by its own tokens, so that under group_by_length tokens of short rows weigh more.",
         choices=["group_by_length", "batch_rebalance", "random"],
     )
 

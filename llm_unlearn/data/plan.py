@@ -1,5 +1,6 @@
 """Which rows meet in which batch: a pure function of (seed, epoch, global batch number)."""
 
+import bisect
 import math
 from functools import lru_cache
 
@@ -24,7 +25,8 @@ class BatchPlan(torch.utils.data.Sampler):
 
     With `lengths`, the rows of every stream are ordered by length inside windows of whole steps, so that long rows meet
     long ones and little is padded; the steps of a window then come in a random order. Which rows are in a window is
-    random as before, and neither windows nor steps depend on how a step is cut.
+    random as before, and neither windows nor steps depend on how a step is cut. A window ends where a stream has been
+    run through, so that two copies of a row do not meet because they are of equal length.
 
     Args:
         sizes: {stream: number of rows}, the anchor first.
@@ -51,6 +53,7 @@ class BatchPlan(torch.utils.data.Sampler):
         self.epoch = 0
         self.is_finished = False
         self._window = lru_cache(maxsize=4 * len(self.sizes))(self._ordered_window)
+        self._window_starts = lru_cache(maxsize=4)(self._starts_of_windows)
 
     def set_epoch(self, epoch):
         """Choose the epoch that the next iteration yields."""
@@ -121,26 +124,37 @@ class BatchPlan(torch.utils.data.Sampler):
             return [FILLER] * ratio
         if self.lengths is None:
             return self._drawn(stream, epoch, range(slot, slot + 1))
-        window, place = divmod(slot, self.window_steps * self.step_rows)
-        if slot >= self._whole_steps():
-            window, place = None, slot - self._whole_steps()
+        starts = self._window_starts(epoch)
+        window = bisect.bisect_right(starts, slot) - 1
+        place = slot - starts[window]
         return self._window(stream, epoch, window)[place * ratio : (place + 1) * ratio]
 
-    def _whole_steps(self):
-        """Return how many slots of an epoch fill whole steps; the rest is a window of its own, and comes last."""
-        return self.sizes[self.anchor] // self.step_rows * self.step_rows
+    def _starts_of_windows(self, epoch):
+        """Return the first slot of each window of an epoch; the rest that fills no whole step is one of its own."""
+        anchor_size, step = self.sizes[self.anchor], self.step_rows
+        whole = anchor_size // step * step
+        starts, before, length = [], None, 0
+        for first in range(0, whole, step):
+            cycles = [
+                {(epoch * anchor_size + slot) * self.ratio[stream] // size for slot in (first, first + step - 1)}
+                for stream, size in self.sizes.items()
+                if stream != self.anchor
+            ]
+            straddles = any(len(found) > 1 for found in cycles)
+            if straddles or cycles != before or length == self.window_steps:
+                starts.append(first)
+                length = 0
+            before, length = None if straddles else cycles, length + 1
+        return [*starts, whole] if whole < anchor_size or not starts else starts
 
     def _ordered_window(self, stream, epoch, window):
-        """Return the rows of a window, longest first in a step, the steps shuffled; None is the last, short step."""
-        size, whole = self.window_steps * self.step_rows, self._whole_steps()
-        if window is None:
-            slots, windows = range(whole, self.sizes[self.anchor]), whole
-        else:
-            slots, windows = range(window * size, min((window + 1) * size, whole)), window
+        """Return the rows of a window, longest first in a step, the steps shuffled."""
+        starts = [*self._window_starts(epoch), self.sizes[self.anchor]]
+        slots = range(starts[window], starts[window + 1])
         rows = sorted(self._drawn(stream, epoch, slots), key=lambda row: -self.lengths[stream][row])
         step = self.step_rows * self.ratio[stream]
         steps = [rows[first : first + step] for first in range(0, len(rows), step)]
-        order = permutation(self.seed, "steps", epoch * (whole + 1) + windows, len(steps))
+        order = permutation(self.seed, "steps", epoch * self.sizes[self.anchor] + window, len(steps))
         return [row for number in order for row in steps[number]]
 
     def _drawn(self, stream, epoch, slots):
