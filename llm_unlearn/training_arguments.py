@@ -49,7 +49,7 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
     train_sampling_strategy: str = flag(
         "group_by_length",
         "Which rows meet: group_by_length, rows of similar length, drawn for windows of 20 steps; batch_rebalance, "
-        "any rows, ordered by length inside a step, which changes no update; random, in the order drawn. A step divides "
+        "any rows, ordered by length inside a step, which changes no update; random, as they are drawn. A step divides "
         "by its own tokens, so that under group_by_length tokens of short rows weigh more.",
         choices=["group_by_length", "batch_rebalance", "random"],
     )
@@ -60,7 +60,6 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
 
     def __post_init__(self):
         self._refuse_without_effect()
-        self._refuse_missing_packages()
         self._refuse_unseen_backend()
         self._fold_warmup()
         self._fold_precision()
@@ -123,7 +122,8 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
         if self.max_steps == 0:
             raise UserError("--max_steps 0 would train nothing; pass a positive number, or leave it out")
 
-    def _refuse_missing_packages(self):
+    def require_packages(self):
+        """Refuse, before a model is loaded, what needs a package that is not installed."""
         optim = str(getattr(self.optim, "value", self.optim))
         if ("8bit" in optim or "paged" in optim) and importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(f"--optim {optim} needs bitsandbytes: pip install bitsandbytes")

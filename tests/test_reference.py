@@ -298,3 +298,33 @@ def test_npo_without_a_forget_term_asks_about_no_forget_row(tmp_path):
     trainer = make_trainer("npo", tmp_path, forget_weight=0.0)
     trainer.train()
     assert trainer._frozen_reference is None and trainer.state.global_step == 2
+
+
+def test_a_trained_adapter_is_part_of_the_model_before_unlearning(tmp_path):
+    """Switching it off would compare with another model: NPO's first loss is then not 2/beta log 2."""
+    trained = with_lora(llama(), init_lora_weights=False)
+    with pytest.raises(UserError, match="they have trained before"):
+        make_trainer("npo", tmp_path / "off", trained, reference="adapter_off")
+    for mode in (None, "live"):
+        trainer = make_trainer("npo", tmp_path / str(mode), with_lora(llama(), init_lora_weights=False), reference=mode)
+        assert trainer._frozen_reference.mode == (mode or "cached")
+        trainer.train()
+        first = next(log for log in trainer.state.log_history if "loss/forget" in log)
+        assert first["loss/forget"] == pytest.approx(2 / 0.1 * 0.6931471805599453, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["adapter_off", "cached"])
+def test_what_was_frozen_stays_frozen_when_the_reference_is_asked(mode, tmp_path):
+    """PEFT lets all of an adapter train when it is switched on again."""
+    model = with_lora(llama())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    trainer = make_trainer("npo", tmp_path, model, reference=mode)
+    trainer.train()
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_B"}
+
+
+def test_biases_that_train_beside_the_adapters_rule_switching_them_off_out(tmp_path):
+    model = with_lora(llama())
+    next(p for name, p in model.named_parameters() if "norm" in name).requires_grad_(True)
+    assert make_trainer("npo", tmp_path, model)._frozen_reference.mode == "cached"

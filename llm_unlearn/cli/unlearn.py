@@ -112,6 +112,7 @@ def build_trainer(parsed):
     args, flags, name = parsed.args, parsed.model, start_model(parsed)
     if flags.trust_remote_code and flags.model_revision == "main":
         raise UserError("--trust_remote_code True runs code from the Hub; pin it with --model_revision COMMIT")
+    args.require_packages()
     quantization = quantization_config(flags)
     set_seed(args.seed)
     hub = {
