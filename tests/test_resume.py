@@ -170,6 +170,7 @@ def test_a_run_whose_newest_checkpoint_lost_its_optimizer_ends_as_the_unbroken_o
         (["--lr_scheduler_type", "constant"], "settings differ in lr_scheduler_type (was linear and is constant)"),
         (["--warmup_ratio", "0.5"], "warmup_steps (was 0 and is 0.5)"),
         (["--max_grad_norm", "1"], "settings differ in max_grad_norm"),
+        (["--train_sampling_strategy", "random"], "settings differ in train_sampling_strategy"),
         (["--bf16", "True"], "settings differ in bf16"),
         (["--use_peft", "True"], "adapters differ in default"),
         (None, "streams"),
