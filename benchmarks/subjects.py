@@ -8,6 +8,7 @@ import torch
 
 from llm_unlearn.arguments import DataFlags
 from llm_unlearn.cli.demo import make_base_model
+from llm_unlearn.data.splits import load_split
 from llm_unlearn.data.synthetic import write_world
 from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.benchmarks import load_parts
@@ -46,17 +47,23 @@ def load_tokenizer_alone(path, folder):
     return load_tokenizer(folder)
 
 
-def random_llama(tokenizer, hidden_size=HIDDEN):
-    """Return a Llama of 8 layers with random weights: at hidden size 256 21 million with the vocabulary of GPT-2."""
+def random_llama(tokenizer, hidden_size=HIDDEN, **changes):
+    """Return a Llama of 8 layers with random weights: at hidden size 256 21 million with the vocabulary of GPT-2.
+
+    Args:
+        tokenizer: gives the vocabulary.
+        hidden_size: D.
+        **changes: further fields of its config.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=LAYERS,
-        num_attention_heads=max(1, hidden_size // HEAD), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    fields = {
+        "vocab_size": len(tokenizer), "intermediate_size": 4 * hidden_size, "num_hidden_layers": LAYERS,
+        "num_attention_heads": max(1, hidden_size // HEAD), "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": True, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(hidden_size=hidden_size, **fields | changes))
 
 
 def _tokenizer_of(path):
@@ -88,6 +95,21 @@ def load_tofu(data_dir, forget_split, holdout_data, max_eval_samples, folder):
         max_eval_samples=max_eval_samples,
     )  # fmt: skip
     return load_parts(data)
+
+
+def load_training_rows(data_dir, forget_split, folder):
+    """Return {"forget": rows, "retain": rows} of TOFU's training sets; invented authors where there is no data_dir.
+
+    Args:
+        data_dir: TOFU's files; None writes the demo world to `folder`.
+        forget_split: forget01, forget05 or forget10; the retain set is what is left. The demo world has one split.
+        folder: for temporary files.
+    """
+    if not data_dir:
+        write_world(folder)
+        forget_split = "forget01"
+    data = DataFlags(domain="tofu", data_dir=data_dir or folder, forget_split=forget_split)
+    return {name: load_split(name, data).rows for name in ("forget", "retain")}
 
 
 def first_rows(parts, count):

@@ -1,0 +1,168 @@
+"""Rows of the training benchmark, and how they are shown: on the terminal, as JSON, in docs/performance.md."""
+
+import dataclasses
+import os
+import platform
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from llm_unlearn.errors import UserError
+
+_WIDTH = 118
+BEGIN, END = "<!-- benchmarks/training.py on {0}: begin -->", "<!-- benchmarks/training.py on {0}: end -->"
+
+
+@dataclass
+class Row:
+    """One number of ours beside the same number of a peer and the target.
+
+    Attributes:
+        id: of the job, as P4.
+        job: what ran.
+        metric: what was measured, and over what it is divided.
+        ours: the number; where it was timed, the median of the rounds.
+        peer: the same of the other way to do it, or None.
+        target: what ours should not exceed, or None where it is reported only.
+        rounds: ours in each round, where it was timed.
+        absolute: {name: number} that the ratio was made of.
+    """
+
+    id: str
+    job: str
+    metric: str
+    ours: float
+    peer: float | None = None
+    target: float | None = None
+    rounds: list = field(default_factory=list)
+    absolute: dict = field(default_factory=dict)
+
+    @classmethod
+    def timed(cls, id, job, metric, rounds, peer=None, target=None, absolute=None):
+        """Return the row of a number that was taken in several rounds."""
+        middle = None if peer is None else statistics.median(peer)
+        return cls(id, job, metric, statistics.median(rounds), middle, target, list(rounds), absolute or {})
+
+    @property
+    def met(self):
+        """Whether the target was reached; None without a target."""
+        return None if self.target is None else self.ours <= self.target
+
+    def cells(self):
+        """Return the texts of a line of the table."""
+        spread = f" ({min(self.rounds):.3f}-{max(self.rounds):.3f})" if len(self.rounds) > 1 else ""
+        numbers = ["-" if value is None else f"{value:.3f}" for value in (self.peer, self.target)]
+        met = {None: "-", True: "yes", False: "**no**"}[self.met]
+        # Three digits, or four where three would hide by what a target is missed.
+        digits = 4 if self.met is False and round(self.ours, 3) <= self.target else 3
+        return [self.id, self.job, self.metric, f"{self.ours:.{digits}f}{spread}", *numbers, met]
+
+
+COLUMNS = ("id", "job", "metric", "ours", "peer", "target", "met")
+
+
+def show(rows):
+    """Print rows as a table."""
+    table = Table(*COLUMNS, width=_WIDTH)
+    for row in rows:
+        table.add_row(*(cell.replace("**", "") for cell in row.cells()))
+    Console(width=_WIDTH, highlight=False, markup=False).print(table)
+
+
+def record(command, rows, setting, versions):
+    """Return the contents of the JSON file.
+
+    Args:
+        command: as it was typed.
+        rows: list of Row.
+        setting: {name: value} of what ran.
+        versions: {package: version}.
+    """
+    return {
+        "schema_version": 1,
+        "kind": "benchmark",
+        "benchmark": "training",
+        "command": command,
+        "machine": machine(setting["device"]),
+        "versions": versions,
+        "setting": setting,
+        "rows": [{**dataclasses.asdict(row), "met": row.met} for row in rows],
+    }
+
+
+def machine(device):
+    """Return what was computed on, in words."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    path, name = Path("/proc/cpuinfo"), ""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{os.cpu_count()} cores, {name or platform.processor() or platform.machine()}"
+
+
+def section(found):
+    """Return the section of docs/performance.md: how it was measured, the table, what is behind.
+
+    Args:
+        found: what `record` returned.
+    """
+    setting, versions = found["setting"], found["versions"]
+    device, packages = setting["device"], ("torch", "transformers", "trl")
+    made_with = ", ".join(f"{name} {versions[name]}" for name in packages if versions.get(name))
+    rows = [Row(**{key: value for key, value in row.items() if key != "met"}) for row in found["rows"]]
+    lines = ["| " + " | ".join(row.cells()) + " |" for row in rows]
+    missed = [f"{row.id}, {row.job}, {row.metric}" for row in rows if row.met is False]
+    judged = sum(row.met is not None for row in rows)
+    said = f"{judged - len(missed)} of {judged} targets are met" + (
+        f"; missed: {'; '.join(missed)}." if missed else "."
+    )
+    wall = f"{setting['minutes']:.1f} minutes"
+    return "\n".join(
+        [
+            BEGIN.format(device),
+            f"## Training{'' if device == 'cpu' else ' on a GPU'}",
+            "",
+            "<!-- Generated by benchmarks/training.py --page; edit benchmarks/training_prose.md instead. -->",
+            "",
+            "```bash",
+            found["command"],
+            "```",
+            "",
+            f"Measured on {found['machine']}; one thread; {made_with}; rows from {setting['data']}, tokenizer "
+            f"{setting['tokenizer']}; medians of {setting['repeats']} rounds in which the variants alternate, the "
+            f"range in brackets; {wall} in all. {said}",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
+            *lines,
+            "",
+            (Path(__file__).parent / "training_prose.md").read_text(encoding="utf-8").strip(),
+            END.format(device),
+        ]
+    )
+
+
+def write_section(page, text, device):
+    """Put the section between its markers, or at the end of a page that has none yet.
+
+    Args:
+        page: path of a Markdown file.
+        text: the section with its markers.
+        device: whose markers.
+    Raises:
+        UserError: the page is missing, or has one of two markers.
+    """
+    if not page.is_file():
+        raise UserError(f"--page '{page}' does not exist")
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN.format(device))
+    _, end, after = rest.partition(END.format(device))
+    if bool(begin) != bool(end):
+        raise UserError(f"--page '{page}' has the marker that begins the section, but not the one that ends it")
+    found = f"{before}{text}{after}" if begin else f"{before.rstrip()}\n\n{text}\n"
+    page.write_text(found, encoding="utf-8", newline="\n")
