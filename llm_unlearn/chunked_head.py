@@ -27,8 +27,10 @@ class Projection:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden, dtype):
-        """Return (C, V) logits in float32 at least, of (C, D) hidden states multiplied in `dtype`."""
+    def logits(self, hidden, dtype, out=None):
+        """Return (C, V) logits in float32 at least of (C, D) hidden states multiplied in `dtype`, in `out` if given."""
+        if out is not None and self.bias is None:
+            return self.finish(torch.mm(hidden.to(dtype), self.weight.T, out=out[: len(hidden)]))
         bias = None if self.bias is None else self.bias.to(dtype)
         if hidden.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
             # Sums are float32 inside the product: here they leave it so, and are not rounded to 8 bits first.
@@ -98,6 +100,10 @@ class _Settings:
     entropy: bool
     dtype: torch.dtype
 
+    def is_plain(self):
+        """Return whether log-probabilities alone are asked for, of logits whose gradient needs no second look."""
+        return self.reference is None and not self.entropy and not self.projection.softcap
+
 
 class _TokenScores(torch.autograd.Function):
     @staticmethod
@@ -106,8 +112,19 @@ class _TokenScores(torch.autograd.Function):
         takes_units = linear is not None and any(ctx.needs_input_grad[:3])
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad) if takes_units else None
         compute = _narrowed(settings)
+        buffer, is_plain = _buffer(compute, len(hidden)), settings.is_plain()
         found, normalizers = [], []
         for part in _chunks(len(hidden), settings):
+            if is_plain:
+                logits = compute.projection.logits(hidden[part], compute.dtype, buffer)
+                values, lse, sums = _exponentiate(logits, labels[part])
+                found.append(values)
+                normalizers.append(torch.cat([lse, torch.zeros_like(lse)], -1).T)
+                if grads is not None:
+                    logits.scatter_add_(-1, labels[part].unsqueeze(-1), -sums)
+                    grad = compute.projection.finish_backward(logits, None)
+                    grads.add(part, (grad, -linear[part].unsqueeze(-1) / sums), hidden[part], compute)
+                continue
             chunk = _Chunk(compute, hidden[part], labels[part], None if ref_hidden is None else ref_hidden[part])
             found.append(chunk.values())
             normalizers.append(chunk.normalizers())
@@ -142,10 +159,11 @@ class _TokenScores(torch.autograd.Function):
         kinds[2] = grad[-1] if ctx.settings.entropy else None
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         compute = _narrowed(ctx.settings, weight, bias)
+        buffer = _buffer(compute, len(hidden))
         for part in _chunks(len(hidden), ctx.settings):
             chunk = _Chunk(
                 compute, hidden[part], labels[part], None if ref_hidden is None else ref_hidden[part],
-                normalizers[:, part],
+                normalizers[:, part], buffer,
             )  # fmt: skip
             given = [None if kind is None else kind[part] for kind in kinds]
             grads.add(part, chunk.backward(*given), hidden[part], compute)
@@ -153,12 +171,24 @@ class _TokenScores(torch.autograd.Function):
         return *grads.scaled(1.0), None, None, None, None
 
 
+def _exponentiate(logits, labels):
+    """Turn logits (C, V) into exp(logits - their largest), in place, in the fewest passes over them.
+
+    Returns:
+        ((1, C) log-probabilities of the labels, (C, 1) logarithms of the normalizers, (C, 1) sums of what is left).
+    """
+    label_logits, largest = logits.gather(-1, labels.unsqueeze(-1)), logits.amax(-1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    lse = largest + sums.log()
+    return (label_logits - lse).T, lse, sums
+
+
 class _Chunk:
     """The log-probabilities of some positions over the vocabulary, and what is read off them."""
 
-    def __init__(self, settings, hidden, labels, ref_hidden, normalizers=None):
+    def __init__(self, settings, hidden, labels, ref_hidden, normalizers=None, buffer=None):
         self.settings, self.labels = settings, labels.unsqueeze(-1)
-        logits = settings.projection.logits(hidden, settings.dtype)
+        logits = settings.projection.logits(hidden, settings.dtype, buffer)
         if normalizers is None:
             self.logps = logits.log_softmax(-1)
             self.lse = logits.gather(-1, self.labels) - self.logps.gather(-1, self.labels)
@@ -276,6 +306,16 @@ def _common_factor(grad, kind, linear):
         fits = fits & (row == 0).all()
     # A Python number: as a tensor it would be rounded to the dtype of what it scales.
     return float(factor) if bool(fits) else None
+
+
+def _buffer(settings, count):
+    """Return memory for one chunk's product after the other, which is not faulted in again; None where it cannot be."""
+    is_reusable = settings.projection.weight.device.type == "cpu" and settings.dtype in (torch.float32, torch.float64)
+    if not is_reusable or settings.projection.bias is not None or not count:
+        return None
+    vocabulary = len(settings.projection.weight)
+    rows = min(chunk_rows(vocabulary, settings.projection.weight.device), count)
+    return settings.projection.weight.new_empty(rows, vocabulary)
 
 
 def _chunks(count, settings):

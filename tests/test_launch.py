@@ -224,6 +224,7 @@ def test_a_job_that_is_not_told_stays_out_of_the_queue(status, stand_ins, tmp_pa
 # ---- One script for real ----
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_one_node_is_stopped_by_sigterm_and_continues(tiny_world, tmp_path):
     """torchrun hands the signal on and waits; its own status is 1, as docs/distributed.md says."""

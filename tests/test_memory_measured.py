@@ -206,6 +206,7 @@ def test_advice_saves_what_its_flags_save():
     assert made.fits and len(changes) <= 3
 
 
+@pytest.mark.full
 def test_advice_prefers_what_computes_the_same():
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     full = estimate(case("--optim", "sgd", "--max_length", "256", "--per_device_train_batch_size", "64", **shape))

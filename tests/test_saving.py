@@ -172,6 +172,7 @@ def whole(tiny_world, tmp_path_factory):
     return folder
 
 
+@pytest.mark.full
 def test_kill_9_at_every_change_that_a_save_makes(tiny_world, whole, tmp_path, monkeypatch):
     """The run of step 4 is forked at the beginning of the save, once for every operation of it."""
     original, states = CheckpointedTrainer._save_checkpoint, {}

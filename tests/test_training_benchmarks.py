@@ -112,6 +112,7 @@ def test_times_alternate_and_are_divided_round_by_round():
 # ---- The whole ----
 
 
+@pytest.mark.full
 def test_everything_runs_in_small_and_writes_its_section(two_layers, tmp_path, capsys):
     """Every id gives rows; a missed target is no error; the rest of the page stays, and a second run replaces."""
     import training
@@ -143,6 +144,7 @@ def test_everything_runs_in_small_and_writes_its_section(two_layers, tmp_path, c
     assert again.startswith("# Performance\n\nBefore.\n") and again.endswith("After.\n")
 
 
+@pytest.mark.full
 def test_the_large_models_run_in_small(tmp_path):
     """Everything of the GPU's jobs but the GPU: the real command line, both ways backward, the estimate beside."""
     import training
