@@ -186,7 +186,7 @@ def weights_fingerprint(trainer, with_adapters=False):
         loaded_with = getattr(model, LOADED_WITH, {})
         where = {key: loaded_with[key] for key in ("revision", "cache_dir", "token") if key in loaded_with}
         return model_fingerprint(model.config._name_or_path, **where)
-    found, skips_adapters = hashlib.sha256(), hasattr(trainer.model, "peft_config") and not with_adapters
+    found, skips_adapters = hashlib.sha256(), hasattr(trainer.model, "disable_adapter") and not with_adapters
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         if not (skips_adapters and "lora_" in name):
             plain = name.replace(".base_layer", "").replace("base_model.model.", "")
