@@ -4,7 +4,7 @@ import difflib
 import logging
 import sys
 
-from llm_unlearn.processes import is_first_on_node
+from llm_unlearn.processes import is_first_on_node, leave_process_group
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_PUSH_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 # 128 + SIGTERM, as a shell reports a process that the signal ended.
@@ -62,7 +62,9 @@ def run_cli(command):
         with a checkpoint to continue from.
     """
     try:
-        return command() or EXIT_OK
+        code = command() or EXIT_OK
+        leave_process_group()
+        return code
     except tuple(_EXIT_CODES) as error:
         # One line a node: the mistake may lie on one machine only.
         if is_first_on_node():

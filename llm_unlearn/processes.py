@@ -1,5 +1,6 @@
 """Which of the processes of a run this one is, known before any process group exists."""
 
+import gc
 import logging
 import os
 import sys
@@ -13,6 +14,15 @@ def is_first_process():
 def is_first_on_node():
     """Return whether this is the first process of its machine."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
+
+
+def leave_process_group():
+    """Take leave of the other processes; gloo's threads that still run when Python ends abort it now and then."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        # What still refers to the group, an optimizer or a wrapper in a cycle, would keep its threads to the end.
+        gc.collect()
 
 
 def set_up_logging():

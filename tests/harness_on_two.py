@@ -5,6 +5,7 @@ is the number of the process. Each process writes its results to CASES.json.<ran
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,3 +27,7 @@ if __name__ == "__main__":
     Path(f"{path}.{rank}").write_text(json.dumps(results))
     distributed.barrier()
     distributed.destroy_process_group()
+    # Threads of gloo that outlive the group abort the interpreter's end now and then; everything is written.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

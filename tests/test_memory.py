@@ -340,4 +340,4 @@ def test_an_8b_model_takes_seconds_and_little_memory():
     words = [str(ROOT / "run_unlearn.py"), *shlex.split(EXAMPLES[0][0])[2:]]
     run = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=".")
     assert run.returncode == 0, run.stderr
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1.2e6  # kilobytes; most of it are the libraries
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1.5e6  # kilobytes; most of it are the libraries

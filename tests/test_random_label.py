@@ -215,7 +215,7 @@ def test_training_draws_the_labels_that_whole_logits_would_give(kind, mode, llam
     expected = draw_sampled(llama, rows, arguments(**{"rm_groundtruth": False, **FLAGS[kind], "seed": 5}), batch_size=3)
     model = LlamaForCausalLM(llama.config)
     model.load_state_dict(llama.state_dict())
-    model = with_lora(model, init_lora_weights=False) if mode == "adapter_off" else model
+    model = with_lora(model) if mode == "adapter_off" else model
     flags = {"seed": 5, "reference": mode, "per_device_train_batch_size": 2, **FLAGS[kind]}
     trainer = make_trainer("random_label", tmp_path, model, {"forget": rows}, **flags)
     trainer._frozen_reference.prepare()
