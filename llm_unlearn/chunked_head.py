@@ -108,7 +108,7 @@ class _Settings:
 class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, ref_hidden, linear, settings):
-        ctx.settings, ctx.has_bias, ctx.units = settings, bias is not None, None
+        ctx.settings, ctx.units = settings, None
         takes_units = linear is not None and any(ctx.needs_input_grad[:3])
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad) if takes_units else None
         compute = _narrowed(settings)

@@ -18,8 +18,6 @@ from llm_unlearn.head_reading import HeadReader
 from llm_unlearn.models import LOADED_WITH
 from llm_unlearn.reference_cache import ReferenceCache, fill
 
-MODES = ("live", "adapter_off", "cached")
-
 
 @dataclass(frozen=True)
 class Reading:

@@ -120,7 +120,7 @@ class StreamTrainer(CheckpointedTrainer):
         strategy = args.train_sampling_strategy
         return BatchPlan(
             self.train_dataset.sizes,
-            args.data_seed if args.data_seed is not None else args.seed,
+            _data_seed(args),
             args.per_device_train_batch_size,
             args.world_size,
             args.process_index,
@@ -230,8 +230,8 @@ class StreamTrainer(CheckpointedTrainer):
         if args.max_retain_rows and "retain" not in streams:
             raise UserError("--max_retain_rows has no effect: this run reads no retain set")
         if args.max_retain_rows:
-            seed = args.data_seed if args.data_seed is not None else args.seed
-            streams = {**streams, "retain": drawn_rows(streams["retain"], args.max_retain_rows, seed)}
+            drawn = drawn_rows(streams["retain"], args.max_retain_rows, _data_seed(args))
+            streams = {**streams, "retain": drawn}
         return UnlearnDataset(self.prepare_streams(streams, tokenizer, args))
 
     def _tokenized(self, data, tokenizer):
@@ -242,6 +242,10 @@ class StreamTrainer(CheckpointedTrainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.is_fsdp2() and plugin.mixed_precision_policy is not None:
             plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def _data_seed(args):
+    return args.data_seed if args.data_seed is not None else args.seed
 
 
 def warn_of_low_precision(model):

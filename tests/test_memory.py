@@ -31,13 +31,7 @@ from llm_unlearn.parsing import parse
 PAGE = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(autouse=True)
-def one_cpu_process(monkeypatch, tmp_path):
-    """One process without an accelerator, wherever the tests run, in an empty folder."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("one_cpu_process")
 
 
 # ---- Parameters, gradients, optimizer: by hand ----

@@ -19,14 +19,7 @@ from llm_unlearn.memory.shell import build, sizes_of
 from llm_unlearn.models import with_lora
 from llm_unlearn.parsing import parse
 
-
-@pytest.fixture(autouse=True)
-def one_cpu_process(monkeypatch, tmp_path):
-    """One process without an accelerator, wherever the tests run, in an empty folder."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("one_cpu_process")
 
 
 # ---- Activations: against a real forward ----

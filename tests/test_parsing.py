@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from llm_unlearn import parsing
@@ -38,13 +37,7 @@ PUBLISHED_METHODS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_cpu_process(monkeypatch, tmp_path):
-    """One process without an accelerator, wherever the tests run; configs lie in an empty folder."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("one_cpu_process")
 
 
 def refusal(*argv):

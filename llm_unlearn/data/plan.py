@@ -91,11 +91,9 @@ class BatchPlan(torch.utils.data.Sampler):
             num_batches: micro-batches of one process, counted through the epochs.
         """
         found = {stream: set() for stream in self.sizes}
-        for count in range(num_batches):
-            epoch, number = divmod(count, len(self))
-            for rank in range(self.world_size):
-                for stream, row in self.batch(epoch, number, rank):
-                    found[stream].add(row)
+        for batch in self._all_batches(num_batches):
+            for stream, row in batch:
+                found[stream].add(row)
         return {stream: sorted(rows - {FILLER}) for stream, rows in found.items()}
 
     def tokens(self, num_batches, lengths_of, multiple=1):
@@ -109,14 +107,18 @@ class BatchPlan(torch.utils.data.Sampler):
             (tokens of the rows, tokens forwarded with padding and fillers).
         """
         real = forwarded = 0
+        for batch in self._all_batches(num_batches):
+            lengths = [lengths_of[stream][row] for stream, row in batch if row != FILLER]
+            real += sum(lengths)
+            forwarded += len(batch) * -(-max(lengths, default=2) // multiple) * multiple
+        return real, forwarded
+
+    def _all_batches(self, num_batches):
+        """Yield the micro-batches of all processes, so many of each, counted through the epochs."""
         for count in range(num_batches):
             epoch, number = divmod(count, len(self))
             for rank in range(self.world_size):
-                batch = self.batch(epoch, number, rank)
-                lengths = [lengths_of[stream][row] for stream, row in batch if row != FILLER]
-                real += sum(lengths)
-                forwarded += len(batch) * -(-max(lengths, default=2) // multiple) * multiple
-        return real, forwarded
+                yield self.batch(epoch, number, rank)
 
     def _rows(self, stream, epoch, slot):
         ratio = self.ratio[stream]

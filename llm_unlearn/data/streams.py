@@ -66,7 +66,7 @@ class UnlearnDataset(torch.utils.data.Dataset):
             return data.streams
         return data if isinstance(data, dict) else {"forget": data}
 
-    @property
+    @functools.cached_property
     def lengths(self):
         """{stream: tokens of each sequence}."""
         return {name: [len(row["input_ids"]) for row in rows] for name, rows in self.streams.items()}
