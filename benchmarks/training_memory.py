@@ -14,10 +14,10 @@ from training_report import Row
 from training_steps import BATCH, dataset_of, make_trainer, small
 
 from llm_unlearn.activations import frozen_copies
+from llm_unlearn.arguments import REFERENCE_MODES
 from llm_unlearn.errors import UserError
 from llm_unlearn.methods import METHODS, trainer_class
 from llm_unlearn.models import train_only
-from llm_unlearn.reference import MODES
 
 _LENGTHS = {"cpu": (512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16_384)}
 _QUICK = (16, 32)
@@ -44,7 +44,7 @@ def run_reference(args):
     found = {}
     for method in METHODS:
         for retain_loss in _retain_losses(method):
-            for mode in MODES:
+            for mode in REFERENCE_MODES:
                 held = _held(method, retain_loss, mode, streams, tokenizer, args)
                 if held is not None:
                     keeps_head = mode == "cached" and held["keeps head"]

@@ -7,6 +7,8 @@ from llm_unlearn.command_line import load_json
 from llm_unlearn.data.tokenize import TokenizeOptions
 from llm_unlearn.errors import UserError
 
+REFERENCE_MODES = ("live", "adapter_off", "cached")
+
 
 def flag(default, text, **metadata):
     """Declare a command-line flag: a dataclass field with its help."""
@@ -97,7 +99,7 @@ class UnlearnFlags(TokenizeFlags):
         "The frozen model before unlearning: cached, its answers on the rows that will be visited, computed once; "
         "adapter_off, the model with its LoRA adapters off; live, a second model. Default: adapter_off with LoRA, else "
         "cached.",
-        choices=["live", "adapter_off", "cached"],
+        choices=list(REFERENCE_MODES),
     )
     reference_cache: str | None = flag(
         None, "Folder of --reference cached, kept for later runs; default: in the output directory, until it is done."

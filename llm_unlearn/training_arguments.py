@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 
-from llm_unlearn.arguments import UnlearnFlags, flag
+from llm_unlearn.arguments import REFERENCE_MODES, UnlearnFlags, flag
 from llm_unlearn.command_line import load_json
 from llm_unlearn.errors import UserError
 from llm_unlearn.processes import is_first_process
@@ -97,7 +97,7 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
             raise UserError("--forget_weight 0 with --retain_loss none: nothing would be trained")
         if self.max_retain_rows is not None and self.max_retain_rows < 1:
             raise UserError(f"--max_retain_rows must be at least 1, but is {self.max_retain_rows}")
-        if self.reference not in (None, "live", "adapter_off", "cached"):
+        if self.reference not in (None, *REFERENCE_MODES):
             raise UserError(f"--reference must be live, adapter_off or cached, but is '{self.reference}'")
         if self.reference_cache and self.reference not in (None, "cached"):
             raise UserError(f"--reference_cache has no effect with --reference {self.reference}")
