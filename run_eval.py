@@ -4,6 +4,7 @@ python run_eval.py --model_name_or_path output/tofu-npo --domain tofu --forget_s
 """
 
 from llm_unlearn.cli.evaluate import main
+from llm_unlearn.processes import end_process
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_process(main())

@@ -4,6 +4,7 @@ python run_unlearn.py --unlearn_method npo --target_model_name_or_path MODEL --d
 """
 
 from llm_unlearn.cli.unlearn import main
+from llm_unlearn.processes import end_process
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_process(main())
