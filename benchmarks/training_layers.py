@@ -11,8 +11,10 @@ import training_peers
 from training_meters import alternate, flops, peak_bytes, ratios
 from training_report import Row
 
-from llm_unlearn.activations import Truncation, capture, decoder_layers, frozen_copies, run_from_layer, truncate
+from llm_unlearn.activations import capture, frozen_copies, run_from_layer
+from llm_unlearn.decoder import decoder_layers
 from llm_unlearn.models import train_only
+from llm_unlearn.truncation import Truncation, truncate
 
 LAYER = 7
 TRAINED = (5, 6, 7)

@@ -6,6 +6,8 @@ from pathlib import Path
 from llm_unlearn.command_line import load_json
 from llm_unlearn.data.tokenize import TokenizeOptions
 from llm_unlearn.errors import UserError
+from llm_unlearn.regularizer_flags import RegularizerFlags
+from llm_unlearn.selection_flags import SelectionFlags
 
 REFERENCE_MODES = ("live", "adapter_off", "cached")
 
@@ -75,7 +77,7 @@ class TokenizeFlags:
 
 
 @dataclass
-class UnlearnFlags(TokenizeFlags):
+class UnlearnFlags(TokenizeFlags, RegularizerFlags, SelectionFlags):
     """Flags of every trainer besides TrainingArguments: tokenization, and names that transformers 5 dropped."""
 
     overwrite_output_dir: bool = flag(False, "Write into an output directory that is not empty.")
@@ -118,6 +120,10 @@ class UnlearnFlags(TokenizeFlags):
         None,
         "Print how much memory the run takes on each device, and what to change where that is too much; nothing is "
         "loaded. True asks about this machine, 24 about a GPU of 24 GB, 8x80 about eight processes with 80 GB each.",
+    )
+    decoder_layers: str | None = flag(
+        None,
+        "Attribute that holds the decoder layers, as model.layers, where a model's architecture is not recognized.",
     )
     do_unlearn: bool = flag(True, "Train; the ACL 2024 commands pass it. False only prepares and checks.")
 

@@ -1,57 +1,16 @@
-"""Log-probabilities, divergence and entropy of tokens from hidden states, without ever holding the logits of all."""
+"""Log-probabilities and what else is read off the logits of tokens, without ever holding the logits of all."""
 # Shapes: N positions, D hidden size, V vocabulary, C positions of a chunk.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from llm_unlearn.head import wide_dtype
+from llm_unlearn.objectives.entropy import uniform_cross_entropy
+from llm_unlearn.projection import Projection, compute_dtype
 
 _CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
-
-
-@dataclass(frozen=True)
-class Projection:
-    """How hidden states become logits: logits = softcap * tanh(scale * (hidden W^T + b) / softcap).
-
-    Attributes:
-        weight: (V, D).
-        bias: (V,) or None.
-        scale: factor on the logits, as Cohere's and Granite's models have it.
-        softcap: bound of the logits, as Gemma 2 has it, or None.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden, dtype, out=None):
-        """Return (C, V) logits in float32 at least of (C, D) hidden states multiplied in `dtype`, in `out` if given."""
-        if out is not None and self.bias is None:
-            return self.finish(torch.mm(hidden.to(dtype), self.weight.T, out=out[: len(hidden)]))
-        bias = None if self.bias is None else self.bias.to(dtype)
-        if hidden.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-            # Sums are float32 inside the product: here they leave it so, and are not rounded to 8 bits first.
-            wide = torch.mm(hidden.to(dtype), self.weight.to(dtype).T, out_dtype=torch.float32)
-            return self.finish(wide if bias is None else wide.add_(bias))
-        raw = torch.nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
-        return self.finish(raw.to(torch.promote_types(dtype, torch.float32)))
-
-    def finish(self, logits):
-        """Apply scale and softcap, in place."""
-        if self.scale != 1:
-            logits = logits.mul_(self.scale)
-        if self.softcap:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
-    def finish_backward(self, grad, logits):
-        """Turn the gradient of finished logits into that of the product, in place."""
-        if self.softcap:
-            grad = grad.mul_(1 - (logits / self.softcap).square_())
-        return grad.mul_(self.scale) if self.scale != 1 else grad
 
 
 def chunk_rows(vocabulary, device):
@@ -65,12 +24,13 @@ def chunk_rows(vocabulary, device):
     return max(1, elements // max(vocabulary, 1))
 
 
-def token_scores(hidden, projection, labels, reference=None, entropy=False, linear=None):
+def token_scores(hidden, projection, labels, reference=None, entropy=False, linear=None, uniform=False, top_k=None):
     """Score tokens under the distributions that a head makes of hidden states, chunk by chunk.
 
         logps_n   = log p_n(y_n)
         kl_n      = sum_v r_n(v) * (log r_n(v) - log p_n(v))        where a reference is given
         entropy_n = -sum_v p_n(v) * log p_n(v)                      where asked for
+        uniform_n = -(1/V) * sum_v log p_n(v)                       where asked for
 
     Gradients flow to `hidden`, `projection.weight` and its bias; logits are made anew, chunk by chunk, in the backward.
 
@@ -80,15 +40,19 @@ def token_scores(hidden, projection, labels, reference=None, entropy=False, line
         labels: (N,) int64.
         reference: (hidden (N, D), Projection) of the frozen reference, without gradients, or None.
         entropy: whether to return the entropy.
-        linear: (N,) token weights w if the loss will be c * sum_n w_n * logps_n, or with a reference
-            c * sum_n w_n * kl_n, for one number c: the gradient is then taken in the forward, which saves making the
-            logits twice. Where the loss turns out otherwise, they are made again, and the gradient is right as well.
+        linear: (N,) token weights w if the loss will be c * sum_n w_n * v_n for one number c, where v is `uniform` if
+            asked for, else `kl` if there is a reference, else `logps`: the gradient is then taken in the forward, which
+            saves making the logits twice. Where the loss turns out otherwise, they are made again, and the gradient is
+            right as well.
+        uniform: whether to return the cross-entropy of the uniform distribution under p.
+        top_k: read `uniform` off the k largest logits alone, as if there were no others; None takes all V.
     Returns:
-        (K, N) float32 at least, nats: logps, then kl, then entropy, as far as asked for.
+        (K, N) float32 at least, nats: logps, then kl, entropy and uniform, as far as asked for.
     Source: chunked heads as in torchtune and Liger-Kernel, Hsu et al. 2024, arXiv:2410.10989.
     """
     ref_hidden, ref_projection = reference or (None, None)
-    settings = _Settings(projection, ref_projection, entropy, compute_dtype(hidden, projection.weight))
+    dtype = compute_dtype(hidden, projection.weight)
+    settings = _Settings(projection, ref_projection, entropy, uniform, top_k, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenScores.apply(hidden, projection.weight, projection.bias, labels, ref_hidden, linear, settings)
 
@@ -98,11 +62,22 @@ class _Settings:
     projection: Projection
     reference: Projection | None
     entropy: bool
+    uniform: bool
+    top_k: int | None
     dtype: torch.dtype
+
+    def kinds(self):
+        """Return the names of the values that are asked for, row by row."""
+        wanted = {"logp": True, "kl": self.reference is not None, "entropy": self.entropy, "uniform": self.uniform}
+        return [kind for kind, is_wanted in wanted.items() if is_wanted]
+
+    def linear_kind(self):
+        """Return which of them `linear` speaks of."""
+        return "uniform" if self.uniform else "kl" if self.reference is not None else "logp"
 
     def is_plain(self):
         """Return whether log-probabilities alone are asked for, of logits whose gradient needs no second look."""
-        return self.reference is None and not self.entropy and not self.projection.softcap
+        return self.kinds() == ["logp"] and not self.projection.softcap
 
 
 class _TokenScores(torch.autograd.Function):
@@ -129,15 +104,11 @@ class _TokenScores(torch.autograd.Function):
             found.append(chunk.values())
             normalizers.append(chunk.normalizers())
             if grads is not None:
-                kind = 0 if ref_hidden is None else 1
-                unit = [None, None, None]
-                unit[kind] = linear[part]
-                grads.add(part, chunk.backward(*unit), hidden[part], compute)
+                grads.add(part, chunk.backward(**{settings.linear_kind(): linear[part]}), hidden[part], compute)
             # Otherwise it lives on while the next one is made.
             del chunk
-        rows = 1 + (ref_hidden is not None) + settings.entropy
         wide = torch.promote_types(settings.dtype, torch.float32)
-        values = torch.cat(found, 1) if found else hidden.new_zeros(rows, 0, dtype=wide)
+        values = torch.cat(found, 1) if found else hidden.new_zeros(len(settings.kinds()), 0, dtype=wide)
         if any(ctx.needs_input_grad[:3]):
             ctx.units = grads
             normalizers = torch.cat(normalizers, 1) if normalizers else values.new_zeros(2, 0)
@@ -149,14 +120,12 @@ class _TokenScores(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, labels, ref_hidden, linear, normalizers = ctx.saved_tensors
         units, ctx.units = ctx.units, None
+        kinds = ctx.settings.kinds()
         if units is not None:
-            factor = _common_factor(grad, 0 if ref_hidden is None else 1, linear)
+            factor = _common_factor(grad, kinds.index(ctx.settings.linear_kind()), linear)
             if factor is not None:
                 return *units.scaled(factor), None, None, None, None
             del units
-        kinds = [grad[0], None, None]
-        kinds[1] = grad[1] if ref_hidden is not None else None
-        kinds[2] = grad[-1] if ctx.settings.entropy else None
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
         compute = _narrowed(ctx.settings, weight, bias)
         buffer = _buffer(compute, len(hidden))
@@ -165,8 +134,8 @@ class _TokenScores(torch.autograd.Function):
                 compute, hidden[part], labels[part], None if ref_hidden is None else ref_hidden[part],
                 normalizers[:, part], buffer,
             )  # fmt: skip
-            given = [None if kind is None else kind[part] for kind in kinds]
-            grads.add(part, chunk.backward(*given), hidden[part], compute)
+            given = dict(zip(kinds, grad[:, part], strict=True))
+            grads.add(part, chunk.backward(**given), hidden[part], compute)
             del chunk
         return *grads.scaled(1.0), None, None, None, None
 
@@ -211,14 +180,21 @@ class _Chunk:
             found = -_row_products(self.logps.exp(), self.logps)
             self.own_entropy = found.unsqueeze(-1)
             rows.append(found)
+        if self.settings.uniform:
+            rows.append(self._uniform())
         return torch.stack(rows)
+
+    def _uniform(self):
+        if self.settings.top_k is None:
+            return -self.logps.mean(-1)
+        return uniform_cross_entropy(self.logps, self.settings.top_k)
 
     def normalizers(self):
         """Return (2, C): the logarithm of the normalizer and the entropy (0 where not asked for)."""
         entropy = torch.zeros_like(self.lse) if self.own_entropy is None else self.own_entropy
         return torch.cat([self.lse, entropy], -1).T
 
-    def backward(self, logp, kl, entropy):
+    def backward(self, logp=None, kl=None, entropy=None, uniform=None):
         """Return the gradient of the head's product for gradients (C,) of each value; uses the chunk up.
 
         Returns:
@@ -226,23 +202,38 @@ class _Chunk:
         """
         projection = self.settings.projection
         logits = self.logps + self.lse if projection.softcap else None
-        if entropy is None and (logp is None) != (kl is None):
-            # One value alone: its gradient scales rows, which is cheaper done to what the rows are multiplied with.
+        given = [value for value in (logp, kl, uniform) if value is not None]
+        if entropy is not None or len(given) != 1:
+            return projection.finish_backward(self._mixed(logp, kl, entropy, uniform), logits), None
+        # One value alone: its gradient scales rows, which is cheaper done to what the rows are multiplied with.
+        if uniform is not None:
+            grad = self._uniform_gradient()
+        elif kl is not None:
+            grad = self.logps.exp_().sub_(self.ref_probs)
+        else:
             grad = self.logps.exp_()
-            if kl is None:
-                grad.scatter_add_(-1, self.labels, grad.new_full(self.labels.shape, -1.0))
-            else:
-                grad.sub_(self.ref_probs)
-            return projection.finish_backward(grad, logits), (kl if logp is None else -logp).unsqueeze(-1)
-        return projection.finish_backward(self._mixed(logp, kl, entropy), logits), None
+            grad.scatter_add_(-1, self.labels, grad.new_full(self.labels.shape, -1.0))
+        return projection.finish_backward(grad, logits), (given[0] if logp is None else -logp).unsqueeze(-1)
 
-    def _mixed(self, logp, kl, entropy):
-        logp = torch.zeros_like(self.lse) if logp is None else logp.unsqueeze(-1)
-        kl = torch.zeros_like(self.lse) if kl is None else kl.unsqueeze(-1)
+    def _mixed(self, logp, kl, entropy, uniform):
+        zero = torch.zeros_like(self.lse)
+        logp, kl, flat = (zero if value is None else value.unsqueeze(-1) for value in (logp, kl, uniform))
+        top = None if uniform is None or self.settings.top_k is None else self._uniform_gradient().mul_(flat)
         spread = 0.0 if entropy is None else (self.logps + self.own_entropy).mul_(-entropy.unsqueeze(-1))
-        grad = self.logps.exp_().mul_(spread + (kl - logp))
+        grad = self.logps.exp_().mul_(spread + (kl - logp + (flat if top is None else zero)))
         grad.scatter_add_(-1, self.labels, logp.to(grad.dtype))
-        return grad if self.ref_probs is None else grad.addcmul_(self.ref_probs, kl.to(grad.dtype), value=-1)
+        if self.ref_probs is not None:
+            grad = grad.addcmul_(self.ref_probs, kl.to(grad.dtype), value=-1)
+        if uniform is None:
+            return grad
+        return grad.sub_(flat / grad.shape[-1]) if top is None else grad.add_(top)
+
+    def _uniform_gradient(self):
+        """Return (C, V): p - 1/V, or q - 1/k at the k largest logits with q their own softmax, and 0 elsewhere."""
+        if self.settings.top_k is None:
+            return self.logps.exp_().sub_(1 / self.logps.shape[-1])
+        largest, places = self.logps.topk(self.settings.top_k, -1)
+        return torch.zeros_like(self.logps).scatter_(-1, places, largest.softmax(-1) - 1 / self.settings.top_k)
 
 
 def _row_products(first, second):
@@ -334,14 +325,7 @@ def _narrowed(settings, weight=None, bias=None):
         return Projection(weight, None if bias is None else bias.detach(), projection.scale, projection.softcap)
 
     projection = cast(settings.projection, weight, bias)
-    return _Settings(projection, cast(settings.reference, None, None), settings.entropy, settings.dtype)
-
-
-def compute_dtype(hidden, weight):
-    """Return the dtype that the head's product runs in: autocast's where it is on, else the operands'."""
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+    return replace(settings, projection=projection, reference=cast(settings.reference, None, None))
 
 
 def _wide(tensor):

@@ -1,7 +1,7 @@
 """From streams to one forward and back: which positions count, and what a forward pass says about them."""
 # Shapes: B sequences, T tokens, D hidden size, N counted positions.
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,6 +18,9 @@ class StreamOutput:
         weights: (B, T-1) token weights, or None where all are 1.
         kl: (B, T-1) divergence from the reference's distribution at each counted token, nats; None unless asked for.
         entropy: (B, T-1) of the distribution at each counted token, nats; None unless asked for.
+        uniform: (B, T-1) cross-entropy of the uniform distribution under that one, nats; likewise.
+        of_logits: (B, T-1) what a function of the logits, given to the forward, says of each counted token; likewise.
+        hidden: {decoder layer: (B, T-1, D)} its output at each token but the first itself; empty unless asked for.
     """
 
     logps: torch.Tensor
@@ -25,19 +28,23 @@ class StreamOutput:
     weights: torch.Tensor | None = None
     kl: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    uniform: torch.Tensor | None = None
+    of_logits: torch.Tensor | None = None
+    hidden: dict = field(default_factory=dict)
 
     @classmethod
-    def of(cls, stream, logps, kl=None, entropy=None):
+    def of(cls, stream, logps, kl=None, entropy=None, uniform=None, of_logits=None):
         """Spread values of counted tokens over a stream's rows.
 
         Args:
             stream: one stream of an UnlearnBatch.
-            logps, kl, entropy: (N,) in the order of `counted_positions`, or None.
+            logps, kl, entropy, uniform, of_logits: (N,) in the order of `counted_positions`, or None.
         Returns:
             StreamOutput.
         """
         mask, weights = counted_positions(stream), stream.get("weights")
-        spread = [None if values is None else scatter(values, mask) for values in (logps, kl, entropy)]
+        given = (logps, kl, entropy, uniform, of_logits)
+        spread = [None if values is None else scatter(values, mask) for values in given]
         return cls(spread[0], mask, None if weights is None else weights[:, 1:], *spread[1:])
 
     @classmethod
@@ -120,6 +127,15 @@ def counted_states(states, stream):
     return states[:, :-1][counted_positions(stream)]
 
 
+def own_states(states):
+    """Return (B, T-1, D): the states (B, T, D) of the tokens themselves, the first of each row left out.
+
+    It has no likelihood, so that both kinds of losses count the same tokens, and it draws the attention of all others,
+    with a state many times as long as theirs.
+    """
+    return states[:, 1:]
+
+
 def counts(stream):
     """Count what a stream's batch contributes to the global average.
 
@@ -130,6 +146,11 @@ def counts(stream):
     """
     weights = stream["weights"][:, 1:] if "weights" in stream else None
     return _counts(counted_positions(stream), weights)
+
+
+def divisors(counted):
+    """Return counts to divide by: those of nothing become 1."""
+    return torch.where(counted > 0, counted, torch.ones_like(counted))
 
 
 def scatter(values, mask):

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from llm_unlearn.chunked_head import Projection, chunk_rows, token_scores
+from llm_unlearn.chunked_head import chunk_rows, token_scores
 from llm_unlearn.head import (
     StreamOutput,
     concatenate,
@@ -17,7 +17,9 @@ from llm_unlearn.head import (
     counted_weights,
     split,
 )
+from llm_unlearn.objectives.entropy import uniform_cross_entropy
 from llm_unlearn.objectives.likelihood import kl_divergence, token_entropy, token_logps
+from llm_unlearn.projection import Projection
 
 logger = logging.getLogger(__name__)
 _PROBE_TOKENS = 8
@@ -117,7 +119,18 @@ class HeadReader:
 
 
 def score_streams(
-    reader, model, inputs, streams, pad_token_id, entropy=(), linear=(), ref_hidden=None, ref_projection=None
+    reader,
+    model,
+    inputs,
+    streams,
+    pad_token_id,
+    entropy=(),
+    linear=(),
+    ref_hidden=None,
+    ref_projection=None,
+    uniform=(),
+    scored=None,
+    of_logits=None,
 ):
     """Score the counted tokens of streams in one forward.
 
@@ -129,31 +142,45 @@ def score_streams(
         pad_token_id: fills shorter streams.
         entropy: names of the streams whose entropy is wanted.
         linear: names of the streams whose loss is one number times each token's value; see `token_scores`.
-        ref_hidden: {stream: (N, D) last hidden states of the reference} of the streams whose divergence is wanted.
+        ref_hidden: {stream: (N, D) last hidden states of the reference} of the streams whose divergence is wanted, or
+            whose function of the logits takes the reference's.
         ref_projection: the reference's head, see `Head.scores`.
+        uniform: names of the streams whose cross-entropy with the uniform distribution is wanted, or {name: top_k}.
+        scored: names of the streams that are read, at least one; the others only run. None reads all.
+        of_logits: {stream: function (logits (N, V), labels (N,), the reference's logits (N, V) or None) -> (N,)} of the
+            streams for which something else is wanted that takes the whole vocabulary; it must be in float32 at least,
+            and takes the place of the divergence.
     Returns:
-        {stream: StreamOutput}.
+        {stream: StreamOutput} of the streams that are read.
     """
-    ref_hidden = ref_hidden or {}
-    sizes = {name: int(counted_positions(inputs[name]).sum()) for name in streams}
-    wanted = {name: 1 + (name in ref_hidden) + (name in entropy) for name in streams}
+    scored = tuple(streams) if scored is None else scored
+    ref_hidden, of_logits = ref_hidden or {}, of_logits or {}
+    top_k = uniform if isinstance(uniform, dict) else {}
+    sizes = {name: int(counted_positions(inputs[name]).sum()) for name in scored}
+    wanted = {
+        name: [True, name in ref_hidden and name not in of_logits, name in entropy, name in uniform, name in of_logits]
+        for name in scored
+    }
 
     def read(head, states):
         found = []
-        for name, part in split(states, inputs, streams).items():
-            stream = inputs[name]
+        parts = split(states, inputs, streams)
+        for name in scored:
+            part, stream = parts[name], inputs[name]
             weights = counted_weights(stream) if name in linear else None
             hidden, labels = counted_states(part, stream), counted_labels(stream)
-            ref = ref_hidden.get(name)
-            found.append(head.scores(hidden, labels, ref, ref_projection, name in entropy, weights).reshape(-1))
+            wants = {"entropy": name in entropy, "uniform": name in uniform, "top_k": top_k.get(name)}
+            wants["of_logits"] = of_logits.get(name)
+            scores = head.scores(hidden, labels, ref_hidden.get(name), ref_projection, linear=weights, **wants)
+            found.append(scores.reshape(-1))
         return torch.cat(found)
 
     flat = reader(model, read, *concatenate(inputs, streams, pad_token_id))
     outputs = {}
-    for name, part in zip(streams, flat.split([wanted[name] * sizes[name] for name in streams]), strict=True):
-        rows = list(part.view(wanted[name], sizes[name]))
-        kl = rows[1] if name in ref_hidden else None
-        outputs[name] = StreamOutput.of(inputs[name], rows[0], kl, rows[-1] if name in entropy else None)
+    for name, part in zip(scored, flat.split([sum(wanted[name]) * sizes[name] for name in scored]), strict=True):
+        rows = iter(part.view(sum(wanted[name]), sizes[name]))
+        values = [next(rows) if is_wanted else None for is_wanted in wanted[name]]
+        outputs[name] = StreamOutput.of(inputs[name], *values)
     return outputs
 
 
@@ -212,7 +239,18 @@ class Head:
         """Return (N, V) finished logits of (N, D) hidden states; for a few positions."""
         return hidden if self.is_dense else self._finished(self.project(hidden))
 
-    def scores(self, hidden, labels, ref_hidden=None, ref_projection=None, entropy=False, linear=None):
+    def scores(
+        self,
+        hidden,
+        labels,
+        ref_hidden=None,
+        ref_projection=None,
+        entropy=False,
+        linear=None,
+        uniform=False,
+        top_k=None,
+        of_logits=None,
+    ):
         """Score tokens; see `chunked_head.token_scores`.
 
         Args:
@@ -222,11 +260,14 @@ class Head:
             ref_projection: Projection of the reference's head; None takes this one, which then must not train.
             entropy: whether to return it.
             linear: (N,), see there.
+            uniform, top_k: see there.
+            of_logits: see `score_streams`; its values come last.
         Returns:
             (K, N) nats.
         """
-        if self.is_dense or not self.is_plain():
-            return self._scores_of_any_head(hidden, labels, ref_hidden, ref_projection, entropy)
+        if of_logits or self.is_dense or not self.is_plain():
+            wanted = entropy, uniform, top_k, of_logits
+            return self._scores_of_any_head(hidden, labels, ref_hidden, ref_projection, *wanted)
         module = self.module
         own = Projection(module.weight, module.bias, self.scale, self.softcap)
         reference = None
@@ -234,19 +275,19 @@ class Head:
             kept = (module.weight.detach(), None if module.bias is None else module.bias.detach())
             kept = kept if ref_projection is None else (ref_projection.weight, ref_projection.bias)
             reference = ref_hidden, Projection(*kept, self.scale, self.softcap)
-        return token_scores(hidden, own, labels, reference, entropy, linear)
+        return token_scores(hidden, own, labels, reference, entropy, linear, uniform, top_k)
 
-    def _scores_of_any_head(self, hidden, labels, ref_hidden, ref_projection, entropy):
+    def _scores_of_any_head(self, hidden, labels, ref_hidden, *wanted):
         """The same through the head's own forward, chunk by chunk, each recomputed in the backward."""
         if len(hidden) == 0:
             # An empty chunk keeps the graph, so that every process has a gradient for every weight.
-            return self._chunk_scores(hidden, labels, ref_hidden, ref_projection, entropy)
+            return self._chunk_scores(hidden, labels, ref_hidden, *wanted)
         rows = chunk_rows(self._vocabulary(hidden), hidden.device)
         found = []
         for first in range(0, len(hidden), rows):
             part = slice(first, first + rows)
             ref_part = None if ref_hidden is None else ref_hidden[part]
-            arguments = (hidden[part], labels[part], ref_part, ref_projection, entropy)
+            arguments = (hidden[part], labels[part], ref_part, *wanted)
             found.append(
                 checkpoint(self._chunk_scores, *arguments, use_reentrant=False)
                 if torch.is_grad_enabled()
@@ -254,15 +295,20 @@ class Head:
             )
         return torch.cat(found, 1)
 
-    def _chunk_scores(self, hidden, labels, ref_hidden, ref_projection, entropy):
-        logits = self.logits(hidden)
+    def _chunk_scores(self, hidden, labels, ref_hidden, ref_projection, entropy, uniform, top_k, of_logits):
+        logits, ref_logits = self.logits(hidden), None
         rows = [token_logps(logits, labels)]
         if ref_hidden is not None:
             with torch.no_grad():
                 ref_logits = self._reference_logits(ref_hidden.to(hidden.dtype), ref_projection)
+        if ref_hidden is not None and not of_logits:
             rows.append(kl_divergence(logits, ref_logits))
         if entropy:
             rows.append(token_entropy(logits))
+        if uniform:
+            rows.append(uniform_cross_entropy(logits, top_k))
+        if of_logits:
+            rows.append(of_logits(logits, labels, ref_logits))
         return torch.stack(rows)
 
     def _reference_logits(self, hidden, projection):

@@ -167,6 +167,18 @@ def train_only(model, patterns):
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def checked_layers(layers, depth):
+    """Return indices of decoder layers in order, all of them for None.
+
+    Raises:
+        UserError: one that a model of this depth does not have.
+    """
+    for layer in layers or ():
+        if not 0 <= layer < depth:
+            raise UserError(f"layer {layer} does not exist: the model has layers 0 to {depth - 1}")
+    return tuple(range(depth)) if layers is None else tuple(sorted(layers))
+
+
 def check_vocabulary(model, tokenizer):
     """Refuse a tokenizer whose ids go beyond the model's embedding.
 

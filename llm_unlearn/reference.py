@@ -11,12 +11,21 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import DistributedType, broadcast, extract_model_from_parallel
 
+from llm_unlearn.activations import capture_layers, run_without_head
 from llm_unlearn.chunked_head import Projection, compute_dtype
 from llm_unlearn.errors import UserError
-from llm_unlearn.head import concatenate, counted_labels, counted_states, split
+from llm_unlearn.head import (
+    concatenate,
+    counted_labels,
+    counted_positions,
+    counted_states,
+    own_states,
+    split,
+)
 from llm_unlearn.head_reading import HeadReader
 from llm_unlearn.models import LOADED_WITH
 from llm_unlearn.reference_cache import ReferenceCache, fill
+from llm_unlearn.truncation import truncate
 
 
 @dataclass(frozen=True)
@@ -25,13 +34,16 @@ class Reading:
 
     Attributes:
         name: of the cache's files.
-        read: function of (Head, states (B, T, D), stream of an UnlearnBatch) -> (N, ...).
+        read: function of (Head, states (B, T, D), stream of an UnlearnBatch) -> (N, ...); with `layers` of
+            ({layer: what it hands on (B, T, D)}, stream) -> (N, ...).
         settings: whatever else the values depend on, as JSON can hold it; a cache made under others is refused.
+        layers: decoder layers that are read, instead of the head.
     """
 
     name: str
     read: Callable
     settings: tuple = ()
+    layers: tuple = ()
 
 
 def _read_logps(head, states, stream):
@@ -48,6 +60,16 @@ LOGPS = Reading("logps", _read_logps)
 
 HIDDEN = Reading("hidden", _read_hidden)
 """(N, D) last hidden states, from which the reference's own head makes its exact distributions."""
+
+
+def states_at(layers):
+    """Return the Reading of (N, L, D): what each of L decoder layers hands on at the counted tokens themselves."""
+
+    def read(states, stream):
+        mask = counted_positions(stream)
+        return torch.stack([own_states(states[layer])[mask] for layer in layers], 1)
+
+    return Reading("states", read, tuple(layers), tuple(layers))
 
 
 class Reference:
@@ -67,11 +89,16 @@ class Reference:
     def __init__(self, trainer, readings):
         self.trainer, self.readings = trainer, readings
         self.has_adapters_on = is_peft(trainer.model) and not _adapters_are_neutral(trainer)
-        self.mode = _mode(trainer, self.has_adapters_on)
-        self.model = frozen_copy(trainer) if self.mode == "live" else None
+        self.mode = _mode(trainer, self.has_adapters_on, readings)
+        self.model = frozen_copy(trainer, self.last_layer()) if self.mode == "live" else None
         self._reader = HeadReader(extract_model_from_parallel(self.model)) if self.mode == "live" else trainer.reader
         self.projection = _projection(trainer, self) if HIDDEN in readings.values() else None
         self.cache = None
+
+    def last_layer(self):
+        """Return the index of the highest layer that is read, or None where the output is."""
+        reads = [reading.layers for reading in self.readings.values()]
+        return max(map(max, reads)) if all(reads) else None
 
     def prepare(self):
         """Fill the cache, where there is one, with the rows that training will visit; all processes together.
@@ -118,14 +145,24 @@ class Reference:
     def read(self, reader, model, inputs, streams):
         """Ask a model, or with None the policy with its adapters off, in one forward; as `values` does."""
         batch = concatenate(inputs, streams, self.trainer.data_collator.pad_token_id)
+        readings = {name: self.readings[name] for name in streams}
+        at_head = [name for name in streams if not readings[name].layers]
+        layers = sorted({layer for reading in readings.values() for layer in reading.layers})
 
         def read(head, states):
             parts = split(states, inputs, streams)
-            return {name: self.readings[name].read(head, parts[name], inputs[name]) for name in streams}
+            return {name: readings[name].read(head, parts[name], inputs[name]) for name in at_head}
 
         is_plain = model is not None and self.trainer.zero_stage() != 3
         with self._running(model) as running, self.trainer.reference_autocast(is_plain):
-            return reader(running, read, *batch)
+            with capture_layers(running, layers) as states:
+                found = reader(running, read, *batch) if at_head else run_without_head(running, *batch)
+        parts = {layer: split(hidden, inputs, streams) for layer, hidden in states.items()}
+        for name in streams:
+            if name not in at_head:
+                own = {layer: parts[layer][name] for layer in readings[name].layers}
+                found[name] = readings[name].read(own, inputs[name])
+        return {name: found[name] for name in streams}
 
     @contextlib.contextmanager
     def _running(self, model):
@@ -155,12 +192,15 @@ class Reference:
         is_placed = hasattr(trainer.model, "hf_device_map") or getattr(trainer.model, "is_quantized", False)
         if is_whole and not is_placed:
             trainer.model.to(trainer.args.device)
-        model = trainer.model if is_whole else frozen_copy(trainer)
+        model = trainer.model if is_whole else frozen_copy(trainer, self.last_layer())
         reader, was_training = HeadReader(extract_model_from_parallel(model)), model.training
         model.eval()
+        cut = truncate(model, self.last_layer()) if is_whole and self.last_layer() is not None else None
         try:
             yield functools.partial(self.read, reader, model)
         finally:
+            if cut is not None:
+                cut.restore()
             model.train(was_training)
             if not is_whole:
                 if hasattr(model, "destroy"):
@@ -190,7 +230,7 @@ def _adapters_are_neutral(trainer):
     return not trains_others and not bool(changed)
 
 
-def _mode(trainer, has_adapters_on):
+def _mode(trainer, has_adapters_on, readings):
     """Return what `--reference` asks for, or what suits best: never a second model where one can be avoided."""
     asked, has_adapters = trainer.args.reference, is_peft(trainer.model)
     if asked == "adapter_off" and not has_adapters:
@@ -200,21 +240,51 @@ def _mode(trainer, has_adapters_on):
             "--reference adapter_off: the model before unlearning is not the one without its adapters, because they "
             "have trained before or other weights train too; pass --reference cached"
         )
-    return asked or ("adapter_off" if has_adapters and not has_adapters_on else "cached")
+    if asked or (has_adapters and not has_adapters_on):
+        return asked or "adapter_off"
+    return "live" if _outweighs_a_model(trainer, readings) else "cached"
 
 
-def frozen_copy(trainer):
-    """Return a frozen copy of the trainer's model in eval mode, sharded as the policy is under FSDP2 and ZeRO-3."""
-    accelerator, zero_stage = trainer.accelerator, trainer.zero_stage()
-    if zero_stage == 3:
+def _outweighs_a_model(trainer, readings):
+    """Return whether the answers would take more room than the model: the states of many layers at many tokens."""
+    size = trainer.reader.language_model.config.get_text_config(decoder=True).hidden_size
+    tokens = trainer.train_dataset.num_tokens() if trainer.train_dataset is not None else {}
+    answers = sum(4 * size * len(reading.layers) * tokens.get(name, 0) for name, reading in readings.items())
+    return answers > sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trainer.model.parameters())
+
+
+def frozen_copy(trainer, last_layer=None):
+    """Return a frozen copy of the trainer's model in eval mode, sharded as the policy is under FSDP2 and ZeRO-3.
+
+    Args:
+        trainer: UnlearnTrainer.
+        last_layer: index of the last layer that the copy keeps; None keeps all, and the head.
+    """
+    if trainer.zero_stage() == 3:
         # A partitioned model cannot be copied; from_pretrained partitions again, all ranks together.
         source = trainer.reader.language_model
         how = getattr(source, LOADED_WITH, {"dtype": source.dtype})
         model = type(source).from_pretrained(source.config._name_or_path, **how)
     else:
         model = copy.deepcopy(trainer.model)
+    return frozen_as_policy(trainer, model, last_layer)
+
+
+def frozen_as_policy(trainer, model, last_layer=None):
+    """Freeze a second model in eval mode, and place it as the policy is: sharded under FSDP2 and ZeRO-3, else whole.
+
+    Args:
+        trainer: UnlearnTrainer.
+        model: PreTrainedModel or PeftModel that is not wrapped; under ZeRO-3 one of from_pretrained, which partitions.
+        last_layer: index of the last layer that it keeps; None keeps all, and the head.
+    Returns:
+        what is to be called, on the device.
+    """
+    accelerator, zero_stage = trainer.accelerator, trainer.zero_stage()
     model.requires_grad_(False)
     model.eval()
+    if last_layer is not None:
+        truncate(model, last_layer)
     if zero_stage == 3:
         return _zero3_engine(model, trainer)
     if accelerator.distributed_type == DistributedType.FSDP and trainer.is_fsdp2():

@@ -19,7 +19,7 @@ RUN_STATE, METHOD_STATE = "unlearning_state.json", "method_state.safetensors"
 _FREE_TO_CHANGE = {"overwrite_output_dir", "do_unlearn", "fsdp_transformer_layer_cls_to_wrap"}
 _FREE_TO_CHANGE |= {"eval_suite", "retain_reference", "estimate_memory"}
 # Other ways to the same numbers, up to their rounding, as another number of processes is.
-_FREE_TO_CHANGE |= {"reference", "reference_cache", "sequential_backward"}
+_FREE_TO_CHANGE |= {"reference", "reference_cache", "sequential_backward", "selection_cache"}
 # The checkpoint's own values of most of these come back with the optimizer, so that another one would change nothing.
 _UPDATE = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _UPDATE += ("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "neftune_noise_alpha")

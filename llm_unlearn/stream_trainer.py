@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import signal
@@ -10,13 +11,18 @@ import torch
 from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
-from llm_unlearn.activations import truncate
 from llm_unlearn.checkpoints import CheckpointedTrainer
 from llm_unlearn.data.plan import WINDOW_STEPS, BatchPlan, drawn_rows
 from llm_unlearn.data.streams import UnlearnDataset
+from llm_unlearn.data.token_selection import select_tokens, with_selection_columns
+from llm_unlearn.decoder import decoder_layers
 from llm_unlearn.errors import UserError
-from llm_unlearn.head import counts, wide_dtype
+from llm_unlearn.head import counts, divisors, wide_dtype
+from llm_unlearn.models import checked_layers
+from llm_unlearn.objectives.representation import STATE_DISTANCES
 from llm_unlearn.processes import is_first_process
+from llm_unlearn.schedules import CONSTANT, schedule_factor
+from llm_unlearn.truncation import truncate
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +33,22 @@ class StreamTrainer(CheckpointedTrainer):
     Attributes:
         streams: names of the streams that the method reads, the anchor of the epoch first.
         optional_streams: names of streams that it reads where they are given.
+        paired_streams: {stream: the one from whose rows it is made}; rows of one number meet in every batch.
+        companions: {stream: the one in whose term it stands}; it has no turn of its own, and runs with that one.
         retain_loss: the retain term of a method that leaves no choice; None takes `--retain_loss`.
         plan: BatchPlan of this process while it trains.
+        token_selection: what `unlearning.json` says of `--token_selection`, or None.
         truncation: what is out of the model while it trains, where the losses end below its last layer.
+        gradient_filter: GradientFilter that keeps the streams' gradients apart, or None to sum them.
     """
 
     streams = ("forget",)
     optional_streams = ()
+    paired_streams, companions = {}, {}
     retain_loss = None
-    plan = None
-    truncation = None
+    plan = token_selection = None
+    truncation = gradient_filter = None
+    regularizers = ()
     _only = None
 
     # ---- Which streams ----
@@ -53,23 +65,72 @@ class StreamTrainer(CheckpointedTrainer):
         return cls.retain_loss or getattr(args, "retain_loss", "nll")
 
     def weight_of(self, stream, args=None):
-        """Return the weight of a stream's term; a stream of weight 0 costs no forward."""
-        return getattr(args or self.args, f"{stream}_weight", 1.0)
+        """Return the weight of a stream's term; a stream of weight 0 costs no forward.
+
+        Args:
+            stream: its name.
+            args: None takes the run's own with their schedule, as of the present step; given, the schedule is left out.
+        """
+        weight = getattr(args or self.args, f"{stream}_weight", 1.0)
+        schedule = CONSTANT if args is not None else getattr(self.args, f"{stream}_schedule", CONSTANT)
+        return weight if schedule == CONSTANT else weight * schedule_factor(schedule, self.progress())
+
+    def progress(self):
+        """Return how far training has come, in [0, 1): optimizer steps done of all; 0 before it begins."""
+        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+
+    @functools.cached_property
+    def depth(self):
+        """How many decoder layers the whole model has."""
+        return len(decoder_layers(self.model))
+
+    def layers_for(self, args):
+        """Return the decoder layers that the losses read, or () where they read the output alone.
+
+        Raises:
+            UserError: a layer that the model does not have.
+        """
+        if not hasattr(args, "layers"):
+            return ()
+        return checked_layers(args.layers, self.depth)
 
     def last_layer_for(self, args):
         """Return the index of the highest decoder layer that the losses read, or None where they read the logits.
 
         The layers above it, the final norm and the head are then out of the model while it trains.
         """
-        return None
+        layers = self.layers_for(args)
+        return max(layers) if layers and self.retain_loss_for(args) in ("none", *STATE_DISTANCES) else None
 
     def trained_parameters_for(self, args):
         """Return the patterns of `models.train_only` that name what trains, or None for all that does already."""
         return None
 
+    def runs(self, stream):
+        """Return whether anything is computed of a stream now: something has a weight, and no other has its turn."""
+        weighs = self.weight_of(stream) != 0 or (stream == "forget" and any(part.in_loss for part in self.regularizers))
+        return weighs and self._only in (None, self.companions.get(stream, stream))
+
     def rows_per_anchor(self):
         """Return {stream: rows for each row of the anchor}; 1 where missing."""
         return {}
+
+    def turns(self):
+        """Return the topic of each row of the anchor where steps take turns with topics, else None."""
+        return None
+
+    @classmethod
+    def check_rows(cls, rows, tokenizer, args):
+        """Refuse rows {stream: checked rows} that the method cannot train on, before the model is loaded."""
+
+    @classmethod
+    def reads_refusals(cls, args):
+        """Return whether the method reads `preferred` of the forget rows, which `--refusal_data` fills."""
+        return False
+
+    def forget_note(self, tokenizer, args):
+        """Return the `annotate` of tokenize_rows with which the method adds columns to forget rows, or None."""
+        return None
 
     def prepare_streams(self, streams, tokenizer, args):
         """Change tokenized streams before training, for example their labels; returns {stream: examples}."""
@@ -95,23 +156,27 @@ class StreamTrainer(CheckpointedTrainer):
             super().save_model(output_dir, _internal_call)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward one micro-batch; with `--sequential_backward` one stream after the other."""
-        streams = [name for name in inputs if self.weight_of(name)]
-        if not self.args.sequential_backward or len(streams) < 2:
+        """Forward and backward one micro-batch; one stream after the other with `--sequential_backward` or a filter."""
+        streams, keeper = [s for s in inputs if self.runs(s) and s not in self.companions], self.gradient_filter
+        if not (self.args.sequential_backward or keeper) or len(streams) < 2:
             return super().training_step(model, inputs, num_items_in_batch)
         state, loss = self.accelerator.gradient_state, 0.0
         is_last_micro_batch = state.sync_gradients
         try:
             for self._only in streams:
                 is_last = self._only == streams[-1]
-                # DeepSpeed would step, and DDP would reduce, after each of the backwards.
-                state._set_sync_gradients(is_last_micro_batch and is_last)
-                waits = isinstance(model, DistributedDataParallel) and not is_last
-                with model.no_sync() if waits else contextlib.nullcontext():
+                if keeper is None:
+                    # DeepSpeed would step, and DDP would reduce, after each of the backwards.
+                    state._set_sync_gradients(is_last_micro_batch and is_last)
+                waits = keeper is None and isinstance(model, DistributedDataParallel) and not is_last
+                apart = contextlib.nullcontext() if keeper is None else keeper.turn_of(self._only, model)
+                with apart, model.no_sync() if waits else contextlib.nullcontext():
                     loss = loss + super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._only = None
             state._set_sync_gradients(is_last_micro_batch)
+        if keeper is not None and is_last_micro_batch:
+            keeper.combine()
         return loss
 
     def make_plan(self):
@@ -128,7 +193,15 @@ class StreamTrainer(CheckpointedTrainer):
             args.gradient_accumulation_steps,
             None if strategy == "random" else self.train_dataset.lengths,
             WINDOW_STEPS if strategy == "group_by_length" else 1,
+            self.paired_streams,
+            self.turns(),
         )
+
+    def num_updates(self, plan=None):
+        """Return how many optimizer steps the whole run has."""
+        args, plan = self.args, plan or self.make_plan()
+        updates_per_epoch = -(-len(plan) // args.gradient_accumulation_steps)
+        return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch)
 
     def visited_rows(self):
         """Return {stream: row numbers} that training will read, on all processes together."""
@@ -170,7 +243,7 @@ class StreamTrainer(CheckpointedTrainer):
         local = torch.stack([sum(counts(batch[name]) for batch in batches) for name in names])
         local = local.to(device, wide_dtype(device))
         summed = self.accelerator.reduce(local, "sum")
-        return batches, dict(zip(names, summed.clamp(min=1), strict=True))
+        return batches, dict(zip(names, divisors(summed), strict=True))
 
     def floating_point_ops(self, inputs):
         """Return the floating-point operations of one micro-batch, all streams together."""
@@ -211,8 +284,7 @@ class StreamTrainer(CheckpointedTrainer):
         """Return how many micro-batches this process reads in the whole run."""
         args = self.args
         updates_per_epoch = -(-len(plan) // args.gradient_accumulation_steps)
-        updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch)
-        epochs, rest = divmod(updates, updates_per_epoch)
+        epochs, rest = divmod(self.num_updates(plan), updates_per_epoch)
         return epochs * len(plan) + min(rest * args.gradient_accumulation_steps, len(plan))
 
     def _training_streams(self, train_dataset, tokenizer, args):
@@ -220,19 +292,26 @@ class StreamTrainer(CheckpointedTrainer):
             return None
         given = UnlearnDataset.by_stream(train_dataset)
         needed = self.streams_for(args)
-        missing = [name for name in needed if name not in given]
+        missing = [name for name in needed if name not in given and name not in self.paired_streams]
         if missing:
             raise UserError(f"{type(self).__name__} needs a {missing[0]} set, but was given {list(given)}")
-        wanted = [*needed, *(name for name in self.optional_streams if name in given)]
+        wanted = [name for name in (*needed, *self.optional_streams) if name in given]
         chosen = {name: given[name] for name in wanted}
         is_ready = isinstance(train_dataset, UnlearnDataset)
-        streams = chosen if is_ready else self._tokenized(chosen, tokenizer).streams
+        options, note = self.tokenize_options, None if is_ready else self.forget_note(tokenizer, args)
+        streams = with_selection_columns(chosen, is_ready, tokenizer, options, args, note)
         if args.max_retain_rows and "retain" not in streams:
             raise UserError("--max_retain_rows has no effect: this run reads no retain set")
         if args.max_retain_rows:
             drawn = drawn_rows(streams["retain"], args.max_retain_rows, _data_seed(args))
             streams = {**streams, "retain": drawn}
-        return UnlearnDataset(self.prepare_streams(streams, tokenizer, args))
+        return UnlearnDataset(streams)
+
+    def _prepare_data(self):
+        """Leave the selected forget tokens, for which the model may be asked, and let the method change its streams."""
+        if self.train_dataset is not None:
+            streams, self.token_selection = select_tokens(self)
+            self.train_dataset = UnlearnDataset(self.prepare_streams(streams, self.processing_class, self.args))
 
     def _tokenized(self, data, tokenizer):
         return None if data is None else UnlearnDataset.of(data, tokenizer, self.tokenize_options)

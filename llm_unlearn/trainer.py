@@ -5,16 +5,19 @@ import contextlib
 
 import torch
 
-from llm_unlearn.activations import capture, decoder_layers
+from llm_unlearn.activations import capture_layers, run_without_head
 from llm_unlearn.callbacks import FiniteGradients, PlanEpoch, WarmupWarning
 from llm_unlearn.data.streams import UnlearnCollator, pad_id
+from llm_unlearn.decoder import name_decoder_layers
 from llm_unlearn.errors import NonFiniteError, UserError
 from llm_unlearn.evaluation.likelihood import stream_likelihoods
-from llm_unlearn.head import StreamOutput, concatenate, split, wide_dtype
+from llm_unlearn.head import StreamOutput, concatenate, counted_positions, divisors, own_states, split, wide_dtype
 from llm_unlearn.head_reading import HeadReader, score_streams
 from llm_unlearn.models import load_model, train_only
 from llm_unlearn.objectives.likelihood import nll
-from llm_unlearn.reference import HIDDEN, LOGPS, Reference
+from llm_unlearn.objectives.representation import STATE_DISTANCES
+from llm_unlearn.reference import HIDDEN, LOGPS, Reference, states_at
+from llm_unlearn.regularizers import regularizers_of
 from llm_unlearn.stream_trainer import StreamTrainer, padding_multiple, warn_of_low_precision
 from llm_unlearn.training_arguments import UnlearnArguments
 
@@ -63,6 +66,9 @@ class UnlearnTrainer(StreamTrainer):
         self.push_requested, args.push_to_hub = args.push_to_hub, False
         args._n_gpu = min(args.n_gpu, 1)
         model = load_model(model) if isinstance(model, str) else model
+        self.model = model
+        if args.decoder_layers:
+            name_decoder_layers(model, args.decoder_layers)
         trained = self.trained_parameters_for(args)
         if trained:
             train_only(model, trained)
@@ -82,8 +88,10 @@ class UnlearnTrainer(StreamTrainer):
         # The division by the counts is ours (total_loss); with both set no transformers 5 divides again.
         self.model_accepts_loss_kwargs = True
         self._keep_outputs_wide()
-        self._asked = (None, None)
+        self._asked, self._anchor = (None, None), None
         self.reader = HeadReader(self.model)
+        self._prepare_data()
+        self.regularizers = regularizers_of(self)
         readings = self.reference_readings(args)
         if not readings and (args.reference or args.reference_cache):
             raise UserError(f"--reference has no effect: {type(self).__name__} compares with none in this run")
@@ -95,55 +103,65 @@ class UnlearnTrainer(StreamTrainer):
     def reference_readings(self, args):
         """Return {stream: reference.Reading}: what a run with these arguments asks the frozen reference."""
         readings = {"forget": LOGPS} if self.needs_reference and self.weight_of("forget", args) else {}
-        if self.retain_loss_for(args) == "kl" and "retain" in self.streams_for(args):
-            readings["retain"] = HIDDEN
+        kind = self.retain_loss_for(args)
+        if kind in ("kl", *STATE_DISTANCES) and "retain" in self.streams_for(args):
+            readings["retain"] = HIDDEN if kind == "kl" else states_at(self.layers_for(args))
         return readings
 
     # ---- What a method composes ----
 
-    def forward(self, model, inputs, streams=None, entropy=()):
-        """Score streams under the model in one forward.
+    def forward(self, model, inputs, streams=None, entropy=(), uniform=(), layers=(), scored=None, of_logits=None):
+        """Run streams through the model in one forward, and read it at its head, inside, or both.
 
         Args:
             model: the wrapped model that `compute_loss` was given.
             inputs: UnlearnBatch.
-            streams: names; None scores all that `inputs` holds.
+            streams: names; None takes all that `inputs` holds.
             entropy: names of the streams whose entropy is wanted.
+            uniform: names of the streams whose cross-entropy of the uniform distribution is wanted, or {name: k} for
+                that over the k largest logits.
+            layers: decoder layers whose states are wanted, from 0; none above `last_layer_for`.
+            scored: names of the streams that are read at the head; None takes all. A model without its upper layers has
+                no head: the log-probabilities are zeros then.
+            of_logits: {stream: function of its logits, labels and, with the reading HIDDEN, the reference's logits};
+                see `head_reading.score_streams`. The head is then made twice.
         Returns:
-            {stream: StreamOutput}, with `kl` where the retain term is a divergence; zeros for a stream of weight 0.
+            {stream: StreamOutput}, with `kl` of the other streams with the reading HIDDEN; zeros for one of weight 0.
         """
         streams = tuple(streams or inputs)
-        running = tuple(name for name in streams if self._runs(name))
-        outputs = {name: StreamOutput.blank(inputs[name]) for name in streams if name not in running}
-        if running:
-            hidden = {}
-            if "retain" in running and self.retain_loss_for(self.args) == "kl":
-                hidden = {"retain": self._ask_reference(inputs)["retain"]}
-            outputs |= score_streams(
-                self.reader, model, inputs, running, self.data_collator.pad_token_id, entropy=entropy,
-                linear=self.token_terms, ref_hidden=hidden,
-                ref_projection=self._frozen_reference.projection if hidden else None,
-            )  # fmt: skip
-        return {name: outputs[name] for name in streams}
+        running = tuple(name for name in streams if self.runs(name))
+        outputs = {name: StreamOutput.blank(inputs[name]) for name in streams}
+        if not running:
+            return outputs
+        layers = sorted(
+            {*layers, *(layer for part in self.regularizers for layer in part.layers if self.runs("forget"))}
+        )
+        with capture_layers(model, layers) as states:
+            if self.truncation is not None:
+                run_without_head(model, *concatenate(inputs, running, self.data_collator.pad_token_id))
+            else:
+                outputs |= self._scored(model, inputs, running, entropy, uniform, scored, of_logits or {})
+        for layer, hidden in states.items():
+            for name, part in split(hidden, inputs, running).items():
+                outputs[name].hidden[layer] = own_states(part)
+        if layers and self.truncation is None:
+            # Every weight above the layers gets a gradient, be it 0: DDP and ZeRO wait for all.
+            self._anchor = 0.0 * sum(outputs[name].logps.sum() for name in running)
+        return outputs
 
-    def hidden_states(self, model, inputs, layers, streams=None):
-        """Return what decoder layers hand on, in one forward of all streams.
-
-        Args:
-            model: the wrapped model that `compute_loss` was given.
-            inputs: UnlearnBatch.
-            layers: indices of decoder layers, from 0; none above `last_layer_for`.
-            streams: names; None takes all that `inputs` holds, those of weight 0 left out.
-        Returns:
-            {stream: list of (B, T, D), one for each layer}, with gradients.
-        """
-        streams = [name for name in streams or inputs if self._runs(name)]
-        modules = decoder_layers(model)
-        input_ids, attention_mask = concatenate(inputs, streams, self.data_collator.pad_token_id)
-        with capture(*(modules[layer] for layer in layers)) as found:
-            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        parts = [split(hidden, inputs, streams) for hidden in found]
-        return {name: [part[name] for part in parts] for name in streams}
+    def _scored(self, model, inputs, running, entropy, uniform, scored, of_logits):
+        chosen = tuple(name for name in running if scored is None or name in scored) or running[:1]
+        uniform = dict(uniform) if isinstance(uniform, dict) else dict.fromkeys(uniform)
+        if any(part.reads_uniform for part in self.regularizers):
+            uniform.setdefault("forget", None)
+        readings = self._frozen_reference.readings if self._frozen_reference else {}
+        hidden = {name: self._ask_reference(inputs)[name] for name in running if readings.get(name) is HIDDEN}
+        return score_streams(
+            self.reader, model, inputs, running, self.data_collator.pad_token_id, entropy=entropy, uniform=uniform,
+            scored=tuple(name for name in running if name in {*chosen, *uniform, *hidden, *of_logits}),
+            linear=self.token_terms, of_logits=of_logits, ref_hidden=hidden,
+            ref_projection=self._frozen_reference.projection if hidden else None,
+        )  # fmt: skip
 
     def reference(self, inputs, streams=("forget",)):
         """Score streams under the frozen reference; {stream: StreamOutput}, no gradient, zeros for weight 0.
@@ -155,7 +173,7 @@ class UnlearnTrainer(StreamTrainer):
             ValueError: a stream that `reference_readings` does not name.
         """
         readings = self._frozen_reference.readings if self._frozen_reference else {}
-        unread = [name for name in streams if self._runs(name) and readings.get(name) is not LOGPS]
+        unread = [name for name in streams if self.runs(name) and readings.get(name) is not LOGPS]
         if unread:
             raise ValueError(f"reference_readings of {type(self).__name__} does not give {unread[0]} the reading LOGPS")
         found = self._ask_reference(inputs)
@@ -164,11 +182,42 @@ class UnlearnTrainer(StreamTrainer):
             for name in streams
         }
 
+    def reference_states(self, inputs):
+        """Return {stream: {layer: (B, T-1, D)}}: the reference's own states of the tokens, 0 where one does not count.
+
+        Only streams with a reading of `reference.states_at`, and only those that run now.
+        """
+        found = {}
+        for name, values in self._ask_reference(inputs).items():
+            layers = self._frozen_reference.readings[name].layers
+            mask = counted_positions(inputs[name])
+            for number, layer in enumerate(layers):
+                spread = values.new_zeros(*mask.shape, values.shape[-1])
+                spread[mask] = values[:, number]
+                found.setdefault(name, {})[layer] = spread
+        return found
+
     def retain_term(self, outputs, inputs):
-        """Return the retain values (B, T) that `--retain_loss` asks for, or None where the run has no retain stream."""
-        if "retain" not in outputs:
+        """Return the retain values (B, T) that `--retain_loss` asks for, or None where no retain term runs now."""
+        if "retain" not in outputs or not self.runs("retain"):
             return None
-        return outputs["retain"].kl if self.retain_loss_for(self.args) == "kl" else nll(outputs["retain"].logps)
+        kind, output = self.retain_loss_for(self.args), outputs["retain"]
+        if kind in STATE_DISTANCES:
+            held = self.reference_states(inputs)["retain"]
+            return self.layer_mean(output, lambda layer, hidden: STATE_DISTANCES[kind](hidden, held[layer]))
+        return output.kl if kind == "kl" else nll(output.logps)
+
+    def layer_mean(self, output, values_of):
+        """Return the mean of values (B, T) over the layers that the losses read, or None where the stream did not run.
+
+        Args:
+            output: StreamOutput of a forward with `layers`.
+            values_of: function of (layer, its states (B, T, D)).
+        """
+        layers = self.layers_for(self.args)
+        if not output.hidden:
+            return None
+        return sum(values_of(layer, output.hidden[layer]) for layer in layers) / len(layers)
 
     def total_loss(self, terms, outputs, return_outputs=False, num_items_in_batch=None):
         """Weigh, normalize and log the named terms.
@@ -184,11 +233,11 @@ class UnlearnTrainer(StreamTrainer):
             NonFiniteError: if the loss, summed over all processes, is NaN or infinite; raised before the backward.
         """
         standalone = num_items_in_batch is None
-        own = {name: output.counts().clamp(min=1) for name, output in outputs.items()}
+        own = {name: divisors(output.counts()) for name, output in outputs.items()}
         items = own if standalone else num_items_in_batch
         loss, self._asked = 0.0, (None, None)
         for name, values in terms.items():
-            if values is None or not self._runs(name):
+            if values is None or not self.runs(name):
                 continue
             total, column = _summed(values, outputs[name])
             divisor = items[name][column]
@@ -196,6 +245,13 @@ class UnlearnTrainer(StreamTrainer):
             if self.pooled:
                 divisor = sum(items[other][column] for other, given in terms.items() if given is not None)
             loss = loss + self.weight_of(name) * total / divisor
+        for part in self.regularizers:
+            if part.in_loss and self.runs("forget"):
+                total, column = _summed(part.values(outputs["forget"]), outputs["forget"])
+                self._log_term(part.name, total.detach() / items["forget"][column], standalone)
+                loss = loss + part.weight() * total / items["forget"][column]
+        if self._anchor is not None:
+            loss, self._anchor = loss + self._anchor, None
         loss = loss * (1 if standalone else self.accelerator.num_processes)
         self._require_finite(loss)
         return (loss, outputs) if return_outputs else loss
@@ -206,7 +262,10 @@ class UnlearnTrainer(StreamTrainer):
         """Ask a cached reference while the model is still what it was, then train; see CheckpointedTrainer.train."""
         if self._frozen_reference is not None and self.train_dataset is not None:
             self._frozen_reference.prepare()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for part in self.regularizers:
+                stack.enter_context(part.attached())
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def discard_reference_cache(self):
         """Delete the answers of a cached reference, once the model is finished."""
@@ -260,15 +319,11 @@ class UnlearnTrainer(StreamTrainer):
 
     # ---- Private ----
 
-    def _runs(self, stream):
-        """Return whether a stream's term is computed now: its weight is not 0, and no other stream has its turn."""
-        return self.weight_of(stream) != 0 and self._only in (None, stream)
-
     def _ask_reference(self, inputs):
         """Return {stream: values} of the reference on a batch, asked in one forward and once for all who want it."""
         if self._asked[0] is not inputs:
             readings = self._frozen_reference.readings if self._frozen_reference else {}
-            streams = [name for name in readings if name in inputs and self._runs(name)]
+            streams = [name for name in readings if name in inputs and self.runs(name)]
             self._asked = inputs, self._frozen_reference.values(inputs, streams) if streams else {}
         return self._asked[1]
 
@@ -285,4 +340,5 @@ def _summed(values, output):
     """Return (sum of the values that count, 0 for sequences or 1 for tokens)."""
     if values.dim() == 1:
         return values.masked_fill(~output.mask.any(-1), 0.0).sum(), 0
+    values = values.masked_fill(~output.mask, 0.0)
     return (values if output.weights is None else values * output.weights).sum(), 1

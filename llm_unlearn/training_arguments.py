@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
@@ -14,6 +14,8 @@ from llm_unlearn.arguments import REFERENCE_MODES, UnlearnFlags, flag
 from llm_unlearn.command_line import load_json
 from llm_unlearn.errors import UserError
 from llm_unlearn.processes import is_first_process
+from llm_unlearn.regularizer_flags import resolve_regularizers
+from llm_unlearn.schedules import CONSTANT, parse_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
         UserError: contradicting flags, or a flag that cannot take effect.
     """
 
+    own_regularizers = ()
+
     train_sampling_strategy: str = flag(
         "group_by_length",
         "Which rows meet: group_by_length, rows of similar length, drawn for windows of 20 steps; batch_rebalance, "
@@ -59,6 +63,7 @@ class UnlearnArguments(UnlearnFlags, TrainingArguments):
     warmup_steps: float | None = flag(None, "Steps spent warming up, or their share below 1; default 0.")
 
     def __post_init__(self):
+        resolve_regularizers(self, self.own_regularizers)
         self._refuse_without_effect()
         self._refuse_unseen_backend()
         self._fold_warmup()
@@ -222,9 +227,52 @@ class RetainArguments(UnlearnArguments):
         choices=["nll", "kl", "none"],
     )
 
+    forget_schedule: str = flag(
+        CONSTANT, "How the weight of the forget term goes: constant, or START:END, factors of it as in 1:0.75."
+    )
+    retain_schedule: str = flag(
+        CONSTANT, "How the weight of the retain term goes: constant, or START:END, factors of it as in 0:1."
+    )
+
+    retain_losses = ("nll", "kl", "none")
+
     def __post_init__(self):
-        if self.retain_loss not in ("nll", "kl", "none"):
-            raise UserError(f"--retain_loss must be nll, kl or none, but is '{self.retain_loss}'")
+        if self.retain_loss not in self.retain_losses:
+            known = f"{', '.join(self.retain_losses[:-1])} or {self.retain_losses[-1]}"
+            raise UserError(f"--retain_loss must be {known}, but is '{self.retain_loss}'")
+        starts = {}
+        for stream in ("forget", "retain"):
+            name = f"{stream}_schedule"
+            starts[stream] = parse_schedule(getattr(self, name), f"--{name}")[0] * getattr(self, f"{stream}_weight")
+        if self.retain_loss == "none" or not self.retain_weight:
+            starts["retain"] = 0.0
+            if self.retain_schedule != type(self).__dataclass_fields__["retain_schedule"].default:
+                raise UserError("--retain_schedule has no effect without a retain term")
+        if not any(starts.values()) and (self.forget_weight or self.retain_weight):
+            raise UserError("the weights of all terms start at 0, so that the first step would train nothing")
+        super().__post_init__()
+
+
+@dataclass
+class ActivationArguments(RetainArguments):
+    """Arguments of a method whose losses read hidden states."""
+
+    layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Decoder layers whose output the losses read, counted from 0; default: all."},
+    )
+    retain_loss: str = flag(
+        "l2",
+        "Retain term: l2 holds the hidden states at --layers to the reference's, kl the output distribution, nll "
+        "descends on the retain set, none leaves it out.",
+        choices=["l2", "kl", "nll", "none"],
+    )
+
+    retain_losses = ("l2", "kl", "nll", "none")
+
+    def __post_init__(self):
+        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise UserError(f"--layers must name at least one layer, and each once, but is {self.layers}")
         super().__post_init__()
 
 

@@ -6,7 +6,6 @@
 from dataclasses import dataclass
 
 from llm_unlearn.arguments import flag
-from llm_unlearn.head import StreamOutput
 from llm_unlearn.trainer import UnlearnTrainer
 from llm_unlearn.training_arguments import RetainArguments
 
@@ -33,11 +32,8 @@ class ShrinkTrainer(UnlearnTrainer):
         return [f"*layers.{args.layer}.mlp.down_proj.weight"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean square of the states that predict counted tokens."""
-        hidden = self.hidden_states(model, inputs, [self.args.layer])
-        outputs = {name: StreamOutput.blank(inputs[name]) for name in inputs}
-        terms = {}
-        for name, (states,) in hidden.items():
-            sign = 1 if name == "forget" else -1
-            terms[name] = sign * states[:, :-1].square().mean(-1) * outputs[name].mask
+        """Mean square of the counted tokens' own states."""
+        outputs = self.forward(model, inputs, layers=[self.args.layer])
+        means = {name: output.hidden[self.args.layer].square().mean(-1) for name, output in outputs.items()}
+        terms = {**means, "retain": -means["retain"]}
         return self.total_loss(terms, outputs, return_outputs, num_items_in_batch)

@@ -9,9 +9,11 @@ from tiny_architectures import ARCHITECTURES, DEPTH, LAST, assert_same, gradient
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5ForConditionalGeneration
 
-from llm_unlearn.activations import capture, decoder_layers, frozen_copies, run_from_layer, truncate
+from llm_unlearn.activations import capture, frozen_copies, run_from_layer
+from llm_unlearn.decoder import decoder_layers, name_decoder_layers
 from llm_unlearn.errors import UserError
 from llm_unlearn.models import train_only
+from llm_unlearn.truncation import truncate
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -210,3 +212,21 @@ def test_flops_of_an_rmu_step():
     assert flops(shared_prefix) / unit > 0.5
     model.disable_input_require_grads()
     assert flops(shared_prefix) / unit <= 0.31
+
+
+def test_the_user_names_the_layers_of_an_unknown_architecture():
+    """A decoder with a second list of as many modules: nothing tells which one is meant, until somebody says it."""
+    model = make_model("gpt2")
+    expected = states(model, 2)[0]
+    model.transformer.twins = torch.nn.ModuleList(torch.nn.Identity() for _ in range(DEPTH))
+    model.config.n_layer = DEPTH + 1
+    with pytest.raises(
+        UserError, match=r"pass --decoder_layers with the attribute.*transformer\.h, transformer\.twins"
+    ):
+        decoder_layers(model)
+    model.config.n_layer = DEPTH
+    with pytest.raises(UserError, match=r"'transformer.layers' is no list of modules.*it has transformer\.h"):
+        name_decoder_layers(model, "transformer.layers")
+    name_decoder_layers(model, "transformer.h")
+    assert decoder_layers(model) is model.transformer.h and torch.equal(states(model, 2)[0], expected)
+    assert len(decoder_layers(truncate(model, 2).model)) == 3

@@ -16,6 +16,7 @@ METHODS = {
     "grad_diff_kl": ("grad_diff", ["--retain_loss", "kl"]),
     "npo": ("npo", []),
     "ascent_plus_kl_divergence": ("ascent_plus_kl_divergence", []),
+    "rmu": ("rmu", ["--layer", "0", "--steering_coef", "2"]),
 }
 # {(processes, accumulation): rows of a micro-batch}. Of ten rows an epoch has a full step of eight and one of two.
 CUTS = {(1, 1): 8, (1, 4): 2, (2, 1): 4, (2, 4): 1}

@@ -14,7 +14,16 @@ EXPECTED_TERMS = {
     "random_label": {"forget"},
     "retrain": {"train"},
     "finetune": {"train"},
+    "circuit_breakers": {"forget", "retain", "max_entropy"},
+    "max_update": {"retain", "update"},
+    "rewritten_transfer": {"forget", "rewritten", "retain"},
+    "l1_sparse": {"retain", "l1"},
 }
+# Where a term is no stream's.
+EXPECTED_STREAMS = {"max_update": {"retain"}, "circuit_breakers": {"forget", "retain"}, "l1_sparse": {"retain"}}
+EXPECTED_STREAMS |= dict.fromkeys(("dpo", "idk_dpo", "alt_po"), {"forget", "preferred", "retain"})
+# What they do to adapters would say nothing about the model.
+WITHOUT_LORA = {"l1_sparse"}
 # Whether the NLL of the forget answers rises; retraining on other rows of the same kind lowers it.
 RAISES_FORGET_NLL = {method: method not in ("retrain", "finetune") for method in METHODS}
 
@@ -48,14 +57,19 @@ def test_every_method_trains_saves_and_reloads(method, lora, tiny_world, tmp_pat
     flags = ["--use_peft", "True", "--lora_dropout", "0", "--lora_r", "8"] if lora else []
     rate = ["--learning_rate", "0.02", "--optim", "adamw_torch", "--gradient_accumulation_steps", "2"]
     words = command(tiny_world, method, tmp_path / "out", *rate, *flags, "--per_device_train_batch_size", "2")
+    if lora and method in WITHOUT_LORA:
+        assert main(words) == 2
+        return
     assert main(words) == 0
 
     logged = terms(tmp_path / "out")
     expected = EXPECTED_TERMS.get(method, {"forget", "retain"})
-    assert logged and all(set(log) == {f"loss/{name}" for name in expected} for log in logged)
+    # A term whose schedule begins at 0 is not there in the first step.
+    assert logged and set().union(*logged) == {f"loss/{name}" for name in expected} == set(logged[-1])
     record = json.loads((tmp_path / "out/unlearning.json").read_text())
     assert record["method"] == method and record["optimizer_steps"] == len(logged)
-    assert set(record["streams"]) == expected and all(part["tokens"] > 0 for part in record["streams"].values())
+    assert set(record["streams"]) == EXPECTED_STREAMS.get(method, expected)
+    assert all(part["tokens"] > 0 for part in record["streams"].values())
     assert (tmp_path / "out/README.md").read_text().startswith("---\n")
     assert not list((tmp_path / "out").rglob("*.bin")), "a pickle was left behind"
 

@@ -28,7 +28,10 @@ TALK = [
     {"role": "user", "content": "When?"},
     {"role": "assistant", "content": "In 1955."},
 ]
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+# Hypothesis also draws strings of the modules that are loaded: one that writes a special token is no plain text.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+    lambda text: not any(mark in text for mark in ("<s>", "</s>", "<|im_"))
+)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from tiny_architectures import DEPTH, make_batch, make_model, states
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from llm_unlearn.activations import capture, decoder_layers, run_from_layer, truncate
+from llm_unlearn.activations import capture, run_from_layer
+from llm_unlearn.decoder import decoder_layers
 from llm_unlearn.errors import UserError
 from llm_unlearn.models import train_only
+from llm_unlearn.truncation import truncate
 
 
 def test_train_only_leaves_no_other_gradient_and_no_other_optimizer_state(tmp_path):

@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 
+from probe_world import probe_command, probe_script
+
 from llm_unlearn.cli.demo import make_base_model
 from llm_unlearn.cli.unlearn import main
+from llm_unlearn.data.alignment import aligned_row
 from llm_unlearn.data.synthetic import make_world
+from llm_unlearn.data.tokenize import TokenizeOptions
+from llm_unlearn.models import load_tokenizer
 
 
 def make_tiny_world(folder):
@@ -14,7 +19,8 @@ def make_tiny_world(folder):
     Args:
         folder: pathlib.Path.
     Returns:
-        dict of str paths: base, model, forget, retain. The rows are of very different lengths.
+        dict of str paths: base, model, forget, retain, rewritten (forget with rewrites), and probes of the model's layers. The rows are of very different
+        lengths.
     """
     make_base_model(str(folder / "base"), 0)
     world = make_world(0)
@@ -26,10 +32,24 @@ def make_tiny_world(folder):
         path = Path(folder) / f"{name}.jsonl"
         path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
         paths[name] = str(path)
+    paths["rewritten"] = write_rewritten(paths, [row["answer"] for row in world["holdout"]])
     flags = ["--optim", "adamw_torch", "--learning_rate", "5e-3", "--num_train_epochs", "40", "--max_grad_norm", "1"]
     words = command(paths, "finetune", paths["model"], *flags, "--per_device_train_batch_size", "12")
     assert main(words) == 0
+    paths["probes"] = str(folder / "probes")
+    probe_script().main(probe_command(paths, paths["probes"], "--num_train_epochs", 10))
     return paths
+
+
+def write_rewritten(paths, answers):
+    """Write the forget rows with other answers as their rewrites, aligned; returns the file's path."""
+    tokenizer = load_tokenizer(paths["base"])
+    rows = [json.loads(line) for line in Path(paths["forget"]).read_text(encoding="utf-8").splitlines()]
+    rewritten = [{**row, "rewritten": answers[number % len(answers)]} for number, row in enumerate(rows)]
+    aligned = [aligned_row(row, tokenizer, TokenizeOptions()) for row in rewritten]
+    path = Path(paths["forget"]).with_name("rewritten.jsonl")
+    path.write_text("\n".join(json.dumps(row) for row in aligned), encoding="utf-8")
+    return str(path)
 
 
 METHOD_FLAGS = {
@@ -40,6 +60,27 @@ METHOD_FLAGS = {
     "grad_diff": ["--retain_loss", "kl"],
     "npo": [],
     "simnpo": ["--delta", "0.1"],
+    "rmu": ["--layer", "1", "--steering_coef", "2"],
+    # Alone it starts at a stationary point, which rounding decides how to leave.
+    "circuit_breakers": ["--retain_loss", "kl", "--regularizer", "max_entropy"],
+    "sequential": ["--layer_step", "1", "--retain_loss", "kl", "--retain_schedule", "0.25:1"],
+    "checkpoint_transfer": ["--teacher_model_name_or_path", "{base}"],
+    "probe_unlearn": ["--probe_dir", "{probes}"],
+    "max_entropy": [],
+    "max_update": ["--update_weight", "0.1"],
+    "rewritten_transfer": ["--forget_data", "{rewritten}"],
+    "tuned_lens": ["--lens_path", "logit"],
+    "po": [],
+    "dpo": ["--forget_data", "{rewritten}", "--preferred_column", "rewritten"],
+    "idk_dpo": [],
+    "alt_po": ["--forget_data", "{rewritten}"],
+    "undial": ["--retain_weight", "1"],
+    "wga": [],
+    "satimp": ["--forget_weight", "1"],
+    "ceu": ["--retain_loss", "nll"],
+    "pdu": ["--retain_bound", "0.2", "--retain_weight", "1", "--dual_warmup_epochs", "0"],
+    "kl": [],
+    "l1_sparse": ["--l1_coef", "0.01"],
     "retrain": [],
     "finetune": [],
 }
@@ -54,7 +95,8 @@ def command(world, method, output_dir, *flags):
     words += ["--num_train_epochs", "1", "--save_strategy", "no", "--disable_tqdm", "True"]
     if not {"--per_device_train_batch_size", "--config"} & set(flags):
         words += ["--per_device_train_batch_size", "4"]
-    return [*words, *METHOD_FLAGS.get(method, []), *map(str, flags)]
+    own = [flag.format_map(world) for flag in METHOD_FLAGS.get(method, [])]
+    return [*words, *own, *map(str, flags)]
 
 
 def terms(output_dir):

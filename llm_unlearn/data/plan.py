@@ -1,6 +1,7 @@
 """Which rows meet in which batch: a pure function of (seed, epoch, global batch number)."""
 
 import bisect
+import itertools
 import math
 from functools import lru_cache
 
@@ -38,17 +39,24 @@ class BatchPlan(torch.utils.data.Sampler):
         accumulation: micro-batches of an optimizer step on each process.
         lengths: {stream: tokens of each row}, or None to leave rows in random order.
         window_steps: optimizer steps in a window.
+        paired: {stream: the one whose row numbers it takes}; both are equally long, and their rows of one number always
+            meet.
+        turns: topic of each anchor row: steps hold rows of one topic and take turns; None mixes them. Windows are then
+            one step long.
     """
 
     def __init__(
         self, sizes, seed, batch_size, world_size=1, rank=0, ratio=None, accumulation=1, lengths=None,
-        window_steps=WINDOW_STEPS,
+        window_steps=WINDOW_STEPS, paired=None, turns=None,
     ):  # fmt: skip
         self.sizes, self.seed, self.batch_size = dict(sizes), seed, batch_size
         self.world_size, self.rank = world_size, rank
         self.ratio = {name: (ratio or {}).get(name, 1) for name in self.sizes}
         self.anchor = next(iter(self.sizes))
-        self.lengths, self.window_steps = lengths, window_steps
+        self.lengths, self.turns = lengths, turns
+        self.window_steps = window_steps if turns is None else 1
+        self.paired = {name: leader for name, leader in (paired or {}).items() if name in self.sizes}
+        assert all(self.sizes[name] == self.sizes[leader] for name, leader in self.paired.items())
         self.step_rows = batch_size * world_size * accumulation
         self.epoch = 0
         self.is_finished = False
@@ -121,6 +129,7 @@ class BatchPlan(torch.utils.data.Sampler):
                 yield self.batch(epoch, number, rank)
 
     def _rows(self, stream, epoch, slot):
+        stream = self.paired.get(stream, stream)
         ratio = self.ratio[stream]
         if slot >= self.sizes[self.anchor]:
             return [FILLER] * ratio
@@ -140,7 +149,7 @@ class BatchPlan(torch.utils.data.Sampler):
             cycles = [
                 {(epoch * anchor_size + slot) * self.ratio[stream] // size for slot in (first, first + step - 1)}
                 for stream, size in self.sizes.items()
-                if stream != self.anchor
+                if stream != self.anchor and stream not in self.paired
             ]
             straddles = any(len(found) > 1 for found in cycles)
             if straddles or cycles != before or length == self.window_steps:
@@ -164,9 +173,19 @@ class BatchPlan(torch.utils.data.Sampler):
         anchor_size, size, ratio = self.sizes[self.anchor], self.sizes[stream], self.ratio[stream]
         if stream == self.anchor:
             order = permutation(self.seed, stream, epoch, size)
+            order = order if self.turns is None else self._taking_turns(order)
             return [order[slot] for slot in slots]
         positions = range((epoch * anchor_size + slots.start) * ratio, (epoch * anchor_size + slots.stop) * ratio)
         return [permutation(self.seed, stream, position // size, size)[position % size] for position in positions]
+
+    def _taking_turns(self, order):
+        """Return rows so that whole steps are of one topic, each topic in turn; what fills no step comes last."""
+        size, topics = self.step_rows, sorted(set(self.turns))
+        rows = [[row for row in order if self.turns[row] == topic] for topic in topics]
+        steps = [[part[first : first + size] for first in range(0, len(part), size)] for part in rows]
+        rounds = [part for turn in itertools.zip_longest(*steps, fillvalue=[]) for part in turn]
+        whole = [row for part in rounds if len(part) == size for row in part]
+        return whole + [row for part in rounds if len(part) < size for row in part]
 
 
 @lru_cache(maxsize=16)

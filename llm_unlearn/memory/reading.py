@@ -34,7 +34,7 @@ def make_case(parsed, request):
     args, flags = parsed.args, parsed.model
     quantization_config(flags)
     config = _config(parsed)
-    streams, readings, is_linear = _declared(parsed)
+    streams, readings, is_linear = _declared(parsed, config)
     device_type, device_bytes = _device(args, request)
     width, width_from = _width(parsed, config)
     multiple = padding_multiple(torch.device(device_type))
@@ -122,12 +122,13 @@ def _hub(parsed):
     }
 
 
-def _declared(parsed):
+def _declared(parsed, config):
     """Return (((stream, rows), ...), readings of the reference, whether a term is linear) without making a trainer."""
     trainer = object.__new__(parsed.trainer)
     trainer.args, trainer.train_dataset = parsed.args, None
+    trainer.depth = config.get_text_config(decoder=True).num_hidden_layers
     ratio = trainer.rows_per_anchor()
-    names = [name for name in parsed.trainer.streams_for(parsed.args) if trainer.weight_of(name)]
+    names = [name for name in parsed.trainer.streams_for(parsed.args) if trainer.weight_of(name, parsed.args)]
     streams = tuple((name, parsed.args.per_device_train_batch_size * ratio.get(name, 1)) for name in names)
     return streams, trainer.reference_readings(parsed.args), bool(set(parsed.trainer.token_terms) & set(names))
 
@@ -163,7 +164,8 @@ def _width(parsed, config):
 def _is_at_hand(parsed):
     """Whether every set that the method reads lies on this machine, with the tokenizer."""
     data, name = parsed.data, parsed.model.tokenizer_name or start_model(parsed)
-    files = [getattr(data, f"{stream}_data", None) for stream in parsed.trainer.streams_for(parsed.args)]
+    streams = [name for name in parsed.trainer.streams_for(parsed.args) if name not in parsed.trainer.paired_streams]
+    files = [getattr(data, f"{stream}_data", None) for stream in streams]
     local = [Path(path).is_file() if path else bool(data.data_dir) or data.domain == "demo" for path in files]
     has_tokenizer = any((Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     return all(local) and has_tokenizer
