@@ -63,6 +63,7 @@ def run_record(parsed, start_model, trainer, sources, seconds):
             name: {"rows": size, "tokens": tokens[name], "sha256": dataset.fingerprints[name]}
             for name, size in dataset.sizes.items()
         },
+        "token_selection": trainer.token_selection,
         "read": trainer.reading_record(),
         "reference": trainer.reference_record(),
         "sources": {name: source.origins for name, source in sources.items()},

@@ -123,6 +123,10 @@ def build_trainer(parsed):
     parsed.context_length = context_length(name, **hub)
     parsed.fingerprint = lambda: model_fingerprint(name, **hub)
     sources, train_dataset, eval_dataset = training_sets(parsed, tokenizer)
+    if getattr(args, "candidate_revisions", None):
+        from llm_unlearn.candidates import choose_teacher
+
+        choose_teacher(args, parsed.data, tokenizer, hub, parsed.context_length, flags.dtype)
     model = load_model(
         name, flags.dtype, attn_implementation=flags.attn_implementation, quantization_config=quantization, **hub
     )

@@ -18,30 +18,34 @@ class UnlearnDataset(torch.utils.data.Dataset):
     """Tokenized streams, addressed by (stream, row number).
 
     Args:
-        streams: {stream: list of {"input_ids": list[int], "labels": list[int]}}, the anchor first.
+        streams: {stream: list of {"input_ids": list[int], "labels": list[int][, "weights": list[float]]}}, the anchor
+            first.
     """
 
     def __init__(self, streams):
         self.streams = dict(streams)
 
     @classmethod
-    def from_rows(cls, rows, tokenizer, options=None):
+    def from_rows(cls, rows, tokenizer, options=None, annotate=None):
         """Tokenize rows stream by stream.
 
         Args:
             rows: {stream: checked rows}.
             tokenizer: a transformers tokenizer.
             options: TokenizeOptions.
+            annotate: {stream: function that adds columns, see `tokenize_rows`}.
         Returns:
             UnlearnDataset.
         Raises:
             UserError: see `tokenize_rows`.
         """
-        options = options or TokenizeOptions()
-        return cls({name: tokenize_rows(part, tokenizer, options, name) for name, part in rows.items()})
+        options, annotate = options or TokenizeOptions(), annotate or {}
+        return cls(
+            {name: tokenize_rows(part, tokenizer, options, name, annotate.get(name)) for name, part in rows.items()}
+        )
 
     @classmethod
-    def of(cls, data, tokenizer, options=None):
+    def of(cls, data, tokenizer, options=None, annotate=None):
         """Tokenize data in any form that a trainer takes.
 
         Args:
@@ -49,6 +53,7 @@ class UnlearnDataset(torch.utils.data.Dataset):
                 datasets.Dataset.
             tokenizer: a transformers tokenizer.
             options: TokenizeOptions.
+            annotate: see `from_rows`; without effect on an UnlearnDataset.
         Returns:
             UnlearnDataset.
         Raises:
@@ -57,7 +62,7 @@ class UnlearnDataset(torch.utils.data.Dataset):
         if isinstance(data, cls):
             return data
         rows = {name: _as_rows(part, name) for name, part in cls.by_stream(data).items()}
-        return cls.from_rows(rows, tokenizer, options)
+        return cls.from_rows(rows, tokenizer, options, annotate)
 
     @classmethod
     def by_stream(cls, data):
@@ -89,9 +94,10 @@ class UnlearnDataset(torch.utils.data.Dataset):
 
     @functools.cached_property
     def fingerprints(self):
-        """{stream: sha256 of its token ids and labels, in order}."""
+        """{stream: sha256 of its token ids and labels, weights and topics where there are any, in order}."""
+        columns = ("input_ids", "labels", "weights", "topic")
         return {
-            name: fingerprint([[row["input_ids"], row["labels"]] for row in rows])
+            name: fingerprint([[row[column] for column in columns if column in row] for row in rows])
             for name, rows in self.streams.items()
         }
 
@@ -138,7 +144,7 @@ class UnlearnCollator:
         """Pad the rows of one stream.
 
         Args:
-            rows: list of {"input_ids", "labels"[, "weights"][, "index"]}, lists.
+            rows: list of {"input_ids", "labels"[, "weights"][, "alignment"][, "index"]}, lists.
         Returns:
             dict of tensors, see UnlearnBatch.
         """
@@ -158,6 +164,9 @@ class UnlearnCollator:
         if any("weights" in row for row in rows):
             rows = [{"weights": [1.0] * len(row["input_ids"]), **row} for row in rows]
             batch["weights"] = padded("weights", 0.0, torch.float32)
+        if any("alignment" in row for row in rows):
+            rows = [{"alignment": [1] * len(row["input_ids"]), **row} for row in rows]
+            batch["alignment"] = padded("alignment", 1)
         return batch
 
 

@@ -1,5 +1,6 @@
 """Rows to token ids and labels: chunks of text, and answers whose prompt does not count."""
 
+import functools
 import logging
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class TokenizeOptions:
         return min(wanted, self.model_length) if self.model_length else wanted
 
 
-def tokenize_rows(rows, tokenizer, options, name="data"):
+def tokenize_rows(rows, tokenizer, options, name="data", annotate=None):
     """Tokenize rows of any canonical form.
 
     A text becomes non-overlapping chunks (a tail of fewer than 5 tokens is dropped), every token counting. Of a prompt
@@ -67,39 +68,33 @@ def tokenize_rows(rows, tokenizer, options, name="data"):
         tokenizer: a transformers tokenizer.
         options: TokenizeOptions.
         name: of the stream, for messages.
+        annotate: function (row, its number from 1, token ids, text, (first, last) characters of each token) that
+            returns {column: list with a value for each token}; None adds no column. It sees the whole row, before any
+            cut, and text and characters are None for a row that came in tokens.
     Returns:
-        list of {"input_ids": list[int], "labels": list[int]}, labels -100 where a token does not count.
+        list of {"input_ids": list[int], "labels": list[int]} with the columns of `annotate` and the row's `topic` where
+        it has one, labels -100 where a token does not count.
     Raises:
         UserError: no rows; no token left that counts; more than 1% of the answers cut off by the length.
     """
     examples, cut, short, partly = [], 0, 0, 0
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
+        note = annotate and functools.partial(annotate, row, number)
         if row.get("input_ids") is not None:
             made = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])}]
+            made[0] |= note(made[0]["input_ids"], None, None) if note else {}
         elif form_of(row) == "text":
-            made = text_chunks(row["text"], tokenizer, options)
+            made = text_chunks(row["text"], tokenizer, options, note)
         else:
-            made = [answer_example(row, tokenizer, options)]
+            made = [answer_example(row, tokenizer, options, note)]
             partly += made[0].pop("is_cut")
+        if "topic" in row:
+            made = [{**example, "topic": row["topic"]} for example in made]
         counted = [example for example in made if any(label != IGNORED for label in example["labels"][1:])]
         cut += not counted and row.get("input_ids") is None and form_of(row) != "text"
         short += not counted and row.get("input_ids") is None and form_of(row) == "text"
         examples += counted
-    if short:
-        logger.warning(
-            "%d of %d texts of the %s set are shorter than %d tokens and left out",
-            short,
-            len(rows),
-            name,
-            SHORTEST_CHUNK,
-        )
-    if partly - cut > 0:
-        logger.warning(
-            "%d of %d answers of the %s set are cut at the length; their ends are not trained",
-            partly - cut,
-            len(rows),
-            name,
-        )
+    _warn(name, rows, short, partly - cut)
     _report(name, rows, examples, cut, options)
     return examples
 
@@ -119,6 +114,24 @@ def generation_prompt(row, tokenizer, options):
     return example["input_ids"][:first]
 
 
+def _warn(name, rows, short, partly):
+    if short:
+        logger.warning(
+            "%d of %d texts of the %s set are shorter than %d tokens and left out",
+            short,
+            len(rows),
+            name,
+            SHORTEST_CHUNK,
+        )
+    if partly > 0:
+        logger.warning(
+            "%d of %d answers of the %s set are cut at the length; their ends are not trained",
+            partly,
+            len(rows),
+            name,
+        )
+
+
 def _report(name, rows, examples, cut, options):
     if not rows:
         raise UserError(f"the {name} set is empty")
@@ -131,13 +144,15 @@ def _report(name, rows, examples, cut, options):
         logger.warning("dropped %d of %d rows of the %s set: their answer lies beyond the length", cut, len(rows), name)
 
 
-def text_chunks(text, tokenizer, options):
+def text_chunks(text, tokenizer, options, note=None):
     """Cut a text into chunks of the model's length, every token counting but those of a system prompt.
 
     Args:
         text: str.
         tokenizer: a transformers tokenizer.
         options: TokenizeOptions.
+        note: function (token ids, text, characters of each token) of {column: values}, cut as the tokens are; of a
+            system prompt the values are 0.
     Returns:
         list of {"input_ids", "labels"}; a tail of fewer than 5 tokens is dropped.
     Raises:
@@ -149,22 +164,29 @@ def text_chunks(text, tokenizer, options):
         length -= len(before)
         if length < SHORTEST_CHUNK:
             raise UserError(f"--system_prompt has {len(before)} tokens, which leaves no room for a text")
-    ids = tokenizer(text, verbose=False, **({"add_special_tokens": False} if before else {}))["input_ids"]
-    chunks = [ids[start : start + length] for start in range(0, len(ids), length)]
+    if note:
+        ids, offsets = _encode(text, tokenizer, add_special_tokens=not before)
+    else:
+        ids = tokenizer(text, verbose=False, **({"add_special_tokens": False} if before else {}))["input_ids"]
+    columns = {"labels": (IGNORED, ids)}
+    columns |= {name: (0, values) for name, values in note(ids, text, offsets).items()} if note else {}
     return [
-        {"input_ids": before + chunk, "labels": [IGNORED] * len(before) + chunk}
-        for chunk in chunks
-        if len(chunk) >= SHORTEST_CHUNK
+        {"input_ids": before + ids[start : start + length]}
+        | {name: [lead] * len(before) + values[start : start + length] for name, (lead, values) in columns.items()}
+        for start in range(0, len(ids), length)
+        if len(ids) - start >= SHORTEST_CHUNK
     ]
 
 
-def answer_example(row, tokenizer, options):
+def answer_example(row, tokenizer, options, note=None):
     """Tokenize a prompt with its answer, whose tokens alone count.
 
     Args:
         row: a checked row that is no text.
         tokenizer: a transformers tokenizer.
         options: TokenizeOptions.
+        note: see `text_chunks`; the text is the whole that was rendered, and an appended end of sequence has no
+            characters.
     Returns:
         {"input_ids", "labels", "is_cut": whether the length cut something off}.
     """
@@ -172,12 +194,28 @@ def answer_example(row, tokenizer, options):
     ids, offsets = _encode(text, tokenizer, add_special_tokens=not is_chat)
     counts = [any(end > first and start < last for first, last in spans) for start, end in offsets]
     if not is_chat and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids, counts = [*ids, tokenizer.eos_token_id], [*counts, True]
+        ids, counts, offsets = [*ids, tokenizer.eos_token_id], [*counts, True], [*offsets, (len(text), len(text))]
     elif not is_chat and ids[-1:] == [tokenizer.eos_token_id]:
         counts[-1] = True
     labels = [token if counted else IGNORED for token, counted in zip(ids, counts, strict=True)]
+    columns = {"input_ids": ids, "labels": labels, **(note(ids, text, offsets) if note else {})}
     length = options.length("qa")
-    return {"input_ids": ids[:length], "labels": labels[:length], "is_cut": len(ids) > length}
+    return {name: values[:length] for name, values in columns.items()} | {"is_cut": len(ids) > length}
+
+
+def answer_place(labels):
+    """Return where the last answer of a tokenized row begins and where it ends, as [first, last).
+
+    The last run of tokens that count: earlier ones are earlier turns of a conversation.
+
+    Args:
+        labels: list of T token ids, -100 where a token does not count.
+    Returns:
+        (first, last); first is 0 where nothing stands before it, as in a text, or nothing counts.
+    """
+    last = next((n + 1 for n in range(len(labels) - 1, -1, -1) if labels[n] != IGNORED), 0)
+    first = next((n + 1 for n in range(last - 1, -1, -1) if labels[n] == IGNORED), 0)
+    return first, last
 
 
 def _render(row, tokenizer, options):

@@ -8,6 +8,7 @@ from llm_unlearn.data.splits import load_split
 from llm_unlearn.data.streams import UnlearnDataset
 from llm_unlearn.data.tokenized_cache import find_cached
 from llm_unlearn.errors import MissingSplitError, UserError
+from llm_unlearn.selection_flags import READS_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +26,23 @@ def training_sets(parsed, tokenizer):
     """
     trainer, args, data = parsed.trainer, parsed.args, parsed.data
     needed = trainer.streams_for(args)
+    if data.refusal_data and not trainer.reads_refusals(args):
+        raise UserError(
+            f"--refusal_data has no effect on this run of {parsed.method}, which reads no refusals; pass po or idk_dpo"
+        )
     sources = {}
     for name in (*needed, *trainer.optional_streams):
+        if name in trainer.paired_streams:
+            continue
         source = _load(name, args, data, name in needed)
         if source is None and name in needed:
             raise UserError(missing_set(name, parsed))
         if source is not None:
             sources[name] = source
+    trainer.check_rows({name: source.rows for name, source in sources.items()}, tokenizer, args)
     _warn_of_overlap(sources)
-    cached = find_cached(parsed, tokenizer, sources)
+    # The tokenized sets on disk hold no text, and no other column.
+    cached = None if getattr(args, "token_selection", None) in READS_ROWS else find_cached(parsed, tokenizer, sources)
     train = UnlearnDataset(cached) if cached else {name: source.rows for name, source in sources.items()}
     return sources, train, _evaluation_sets(sources, args, data) if args.do_eval else None
 
