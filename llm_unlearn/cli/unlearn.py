@@ -110,23 +110,15 @@ def build_trainer(parsed):
     )
 
     args, flags, name = parsed.args, parsed.model, start_model(parsed)
-    if flags.trust_remote_code and flags.model_revision == "main":
-        raise UserError("--trust_remote_code True runs code from the Hub; pin it with --model_revision COMMIT")
+    hub = _hub(flags, parsed.data)
     args.require_packages()
     quantization = quantization_config(flags)
     set_seed(args.seed)
-    hub = {
-        "revision": flags.model_revision, "cache_dir": parsed.data.cache_dir, "token": parsed.data.token,
-        "trust_remote_code": flags.trust_remote_code,
-    }  # fmt: skip
     tokenizer = load_tokenizer(flags.tokenizer_name or name, **hub)
     parsed.context_length = context_length(name, **hub)
     parsed.fingerprint = lambda: model_fingerprint(name, **hub)
     sources, train_dataset, eval_dataset = training_sets(parsed, tokenizer)
-    if getattr(args, "candidate_revisions", None):
-        from llm_unlearn.candidates import choose_teacher
-
-        choose_teacher(args, parsed.data, tokenizer, hub, parsed.context_length, flags.dtype)
+    _choose_teacher(parsed, tokenizer, hub)
     model = load_model(
         name, flags.dtype, attn_implementation=flags.attn_implementation, quantization_config=quantization, **hub
     )
@@ -140,6 +132,24 @@ def build_trainer(parsed):
     )
     trainer.suite = _suite(parsed, trainer)
     return trainer, sources
+
+
+def _hub(flags, data):
+    """Return what from_pretrained is told about the Hub."""
+    if flags.trust_remote_code and flags.model_revision == "main":
+        raise UserError("--trust_remote_code True runs code from the Hub; pin it with --model_revision COMMIT")
+    return {
+        "revision": flags.model_revision, "cache_dir": data.cache_dir, "token": data.token,
+        "trust_remote_code": flags.trust_remote_code,
+    }  # fmt: skip
+
+
+def _choose_teacher(parsed, tokenizer, hub):
+    """Score the checkpoints that a method was given to choose its teacher from, before the model itself is loaded."""
+    if getattr(parsed.args, "candidate_revisions", None):
+        from llm_unlearn.candidates import choose_teacher
+
+        choose_teacher(parsed.args, parsed.data, tokenizer, hub, parsed.context_length, parsed.model.dtype)
 
 
 def _suite(parsed, trainer):
