@@ -19,8 +19,8 @@ def make_tiny_world(folder):
     Args:
         folder: pathlib.Path.
     Returns:
-        dict of str paths: base, model, forget, retain, rewritten (forget with rewrites), and probes of the model's layers. The rows are of very different
-        lengths.
+        dict of str paths: base, model, forget, retain, rewritten (forget with rewrites), and probes of the model's
+        layers. The rows are of very different lengths.
     """
     make_base_model(str(folder / "base"), 0)
     world = make_world(0)

@@ -127,6 +127,8 @@ _MUSE_REQUESTS = {
     for config in ("sust", "scal")
     for n in range(1, 5)
 }
+_CUSTOM = {name: Split(None, None, name, "text", local=(name,)) for name in ("forget", "retain", "holdout")}
+"""What `--domain custom` finds in a --data_dir."""
 _SUBSETS = {"wmdp": ("wmdp_bio", "wmdp_cyber", "wmdp_chem"), "muse": ("muse_news", "muse_books")}
 
 
@@ -148,6 +150,30 @@ def subsets(domain):
     if domain not in domain_names():
         raise unknown_name("--domain", domain, domain_names())
     return _SUBSETS.get(domain, (domain,))
+
+
+def split_names(domain):
+    """Return the names of the splits that a domain can have.
+
+    Args:
+        domain: of DOMAINS.
+    """
+    if domain == "demo":
+        from llm_unlearn.data.synthetic import DEMO_SPLITS
+
+        return list(DEMO_SPLITS)
+    return list(_CUSTOM if domain == "custom" else DOMAINS[domain])
+
+
+def local_path(name, data_args):
+    """Return the path, without suffix, below --data_dir at which a split of a domain is looked for first.
+
+    Args:
+        name: of the split.
+        data_args: DataArguments.
+    """
+    split = DOMAINS[data_args.domain].get(name)
+    return name if split is None else _resolve(name, split, data_args).local_names()[0]
 
 
 def check_trainable(domain):
@@ -190,6 +216,8 @@ def load_split(name, data_args):
         return _demo_split(name, data_args, limit, reshape)
     if domain in _SUBSETS:
         raise UserError(f"--domain {domain} has no sets of its own; name the subset: {' | '.join(_SUBSETS[domain])}")
+    if domain == "custom" and data_args.data_dir:
+        split = _CUSTOM.get(name)
     if split is None:
         return None
     split = _resolve(name, split, data_args)
