@@ -248,7 +248,8 @@ class RetainArguments(UnlearnArguments):
             starts["retain"] = 0.0
             if self.retain_schedule != type(self).__dataclass_fields__["retain_schedule"].default:
                 raise UserError("--retain_schedule has no effect without a retain term")
-        if not any(starts.values()) and (self.forget_weight or self.retain_weight):
+        is_scheduled = {self.forget_schedule, self.retain_schedule} != {CONSTANT}
+        if is_scheduled and not any(starts.values()):
             raise UserError("the weights of all terms start at 0, so that the first step would train nothing")
         super().__post_init__()
 
