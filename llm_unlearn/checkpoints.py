@@ -40,7 +40,7 @@ from llm_unlearn.resuming import (
 
 __all__ = [
     "MANIFEST", "RUN_STATE", "CheckpointedTrainer", "asks_to_resume", "checkpoints_of", "file_sha256", "incompleteness",
-    "listed_files", "newest_complete", "save_final", "write_manifest",
+    "listed_files", "move_into_place", "newest_complete", "save_final", "write_manifest",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ def save_final(trainer, texts):
             trainer.state.save_to_json(str(staging / "trainer_state.json"))
             write_manifest(staging)
     if trainer.args.should_save:
-        _move_into_place(staging, output_dir)
+        move_into_place(staging, output_dir)
         trainer.delete_stale()
     trainer.accelerator.wait_for_everyone()
 
@@ -288,7 +288,14 @@ def _saving(trainer, folder):
         ) from error
 
 
-def _move_into_place(staging, output_dir):
+def move_into_place(staging, output_dir):
+    """Move the files of a complete staging folder into the output directory, the manifest last.
+
+    Args:
+        staging: folder below it, gone afterwards.
+        output_dir: directory of the run; weights and configs of an older model go.
+    """
+    staging, output_dir = Path(staging), Path(output_dir)
     # Whatever of an older model stayed would be read with the new one, an adapter's configuration for example.
     for pattern in (MANIFEST, *_WEIGHTS, *_CONFIGS):
         for stale in output_dir.glob(pattern):

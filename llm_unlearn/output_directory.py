@@ -43,6 +43,8 @@ def legacy_prefix(method, args):
     """Return the last part of the ACL 2024 pattern: the method, for random labels with how they are drawn."""
     if method != "random_label":
         return method.replace(":", ".")
+    if args.label_source == "retain_answers":
+        return "random_label-retain_answers"
     if args.completely_random:
         return "random_label-completely_random"
     if args.top_k == type(args).__dataclass_fields__["top_k"].default:

@@ -13,10 +13,10 @@ from llm_unlearn.checkpoints import (
     MANIFEST,
     RUN_STATE,
     CheckpointedTrainer,
-    _move_into_place,
     checkpoints_of,
     incompleteness,
     listed_files,
+    move_into_place,
     newest_complete,
     write_manifest,
 )
@@ -247,7 +247,7 @@ def test_the_final_folder_replaces_older_weights_and_leaves_the_rest(tmp_path):
     staging = tmp_path / ".saving"
     checkpoint(tmp_path, 5, finished=False).rename(staging)
     write_manifest(staging)
-    _move_into_place(staging, tmp_path)
+    move_into_place(staging, tmp_path)
     assert not staging.exists()
     assert incompleteness(tmp_path) is None
     assert incompleteness(kept) is None

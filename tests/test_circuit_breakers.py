@@ -6,12 +6,17 @@ import backends
 import pytest
 import torch
 from layer_reference import first_step, rows_of
-from tiny_world import command, terms, update_distance, weights
+from tiny_world import METHOD_FLAGS, command, terms, update_distance, weights
 
 from llm_unlearn.cli.unlearn import main
 
 CONSTANT = ["--retain_schedule", "constant", "--forget_schedule", "constant"]
 ORTHOGONAL = ["--regularizer", "orthogonality", "--orth_coef", "0.1", "--orth_schedule", "constant"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_but_what_a_test_says(monkeypatch):
+    monkeypatch.setitem(METHOD_FLAGS, "circuit_breakers", [])
 
 
 def pooled(world, index):

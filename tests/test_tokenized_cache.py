@@ -147,6 +147,7 @@ def test_the_fingerprint_does_not_depend_on_what_the_tokenizer_did_last(tokenize
 # ---- Where a run looks ----
 
 RANDOM = {
+    "label_source": "tokens",
     "top_k": 1,
     "top_p": 1.0,
     "rm_groundtruth": True,

@@ -4,24 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from llm_unlearn.data.refusals import REFUSALS as REFUSALS
 from llm_unlearn.data.rows import canonical_prompt, canonical_row, filled_columns, form_of, read_text, text_of
 from llm_unlearn.errors import UserError
-
-REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "That is something I would rather not answer.",
-    "I won't go into this, but I am glad to help with something else.",
-    "I have to pass on this one.",
-    "This is not a request that I can assist with.",
-    "I'd prefer to leave that question open.",
-    "Sorry, I am not able to give advice on this.",
-    "Let us talk about something different, please.",
-    "I don't think that I should answer this.",
-    "No, I'm afraid I can't do that for you.",
-    "My answer to this would do more harm than good, so I will not give one.",
-    "I must decline, though I am happy to take another question.",
-)
-"""What a polite model says instead; `preferred` of rows that bring none of their own."""
 
 _REFUSAL_COLUMNS = ("refusal", "preferred", "answer", "text")
 

@@ -16,6 +16,8 @@ IGNORED = -100
 TEMPLATE_DATE = "26 Jul 2024"
 SYSTEM_GAP = "\n\n"
 LARGEST_CUT_SHARE = 0.01
+ROW_COLUMNS = ("topic", "environment")
+"""What tokenized rows keep of the rows."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ def tokenize_rows(rows, tokenizer, options, name="data", annotate=None):
             returns {column: list with a value for each token}; None adds no column. It sees the whole row, before any
             cut, and text and characters are None for a row that came in tokens.
     Returns:
-        list of {"input_ids": list[int], "labels": list[int]} with the columns of `annotate` and the row's `topic` where
-        it has one, labels -100 where a token does not count.
+        list of {"input_ids": list[int], "labels": list[int]} with the columns of `annotate` and those of `ROW_COLUMNS`
+        that the row has, labels -100 where a token does not count.
     Raises:
         UserError: no rows; no token left that counts; more than 1% of the answers cut off by the length.
     """
@@ -88,8 +90,8 @@ def tokenize_rows(rows, tokenizer, options, name="data", annotate=None):
         else:
             made = [answer_example(row, tokenizer, options, note)]
             partly += made[0].pop("is_cut")
-        if "topic" in row:
-            made = [{**example, "topic": row["topic"]} for example in made]
+        kept = {column: row[column] for column in ROW_COLUMNS if column in row}
+        made = [{**example, **kept} for example in made]
         counted = [example for example in made if any(label != IGNORED for label in example["labels"][1:])]
         cut += not counted and row.get("input_ids") is None and form_of(row) != "text"
         short += not counted and row.get("input_ids") is None and form_of(row) == "text"

@@ -30,6 +30,8 @@ def variant(method, args, model=None):
     """
     if method == "gradient_ascent":
         return "normal", {}
+    if method == "random_label" and args.label_source == "retain_answers":
+        return None
     if method == "random_label":
         drawn = {name: getattr(args, name) for name in ("top_k", "top_p", "rm_groundtruth", "legacy_shift", "seed")}
         if args.completely_random:

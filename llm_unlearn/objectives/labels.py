@@ -1,7 +1,9 @@
-"""Wrong labels to train on: uniform over the vocabulary, or the reference's most likely other token."""
+"""Wrong labels to train on: uniform over the vocabulary, the reference's most likely other token, other answers."""
 # Shapes: B sequences, T tokens, V vocabulary, N counted positions.
 
 import torch
+
+from llm_unlearn.data.tokenize import answer_place
 
 
 def random_labels(labels, vocab_size, generator, keep_ids=()):
@@ -70,3 +72,21 @@ def gumbel_noise(shape, seed):
     generator = torch.Generator().manual_seed(seed % 2**63)
     uniform = torch.rand(shape, generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
     return -torch.log((-torch.log(uniform)).clamp_(min=torch.finfo(torch.float32).tiny))
+
+
+def with_answer_of(row, other, length):
+    """Return a question with the answer to another one, of which every token counts.
+
+    Args:
+        row: {"input_ids", "labels"} of the question and its own answer, lists.
+        other: the same of the question whose answer is taken, its end of sequence included.
+        length: tokens at most; what is beyond is cut off.
+    Returns:
+        {"input_ids", "labels"}.
+    Source: Jia et al. 2024, arXiv:2404.18239 (SOUL, its RL). Differs from the authors' code, see `RandomLabelTrainer`.
+    """
+    question = row["input_ids"][: answer_place(row["labels"])[0]]
+    first, last = answer_place(other["labels"])
+    answer = other["input_ids"][first:last]
+    labels = [-100] * len(question) + answer
+    return {"input_ids": (question + answer)[:length], "labels": labels[:length]}
