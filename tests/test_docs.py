@@ -25,7 +25,7 @@ from llm_unlearn.parsing import parse
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-PAGES += [f"docs/{name}.md" for name in ("data", "methods", "evaluation", "membership", "performance")]
+PAGES += [f"docs/{name}.md" for name in ("data", "methods", "evaluation", "membership", "performance", "inside")]
 PAGES += [f"docs/{name}.md" for name in ("distributed", "memory")]
 OTHER_COMMANDS = ("make ", "pip ", "git ", "cd ")
 
@@ -242,15 +242,15 @@ def test_the_worked_example_of_contributing_works(demo_folder, monkeypatch):
     objective, method, golden = blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "python")
     namespace = {}
     exec(objective, namespace)
-    monkeypatch.setattr(likelihood, "weighted_ascent", namespace["weighted_ascent"], raising=False)
+    monkeypatch.setattr(likelihood, "unlikelihood", namespace["unlikelihood"], raising=False)
     monkeypatch.setitem(sys.modules, "worked_example", types.ModuleType("worked_example"))
     exec(method, sys.modules["worked_example"].__dict__)
     exec(golden, namespace)
-    namespace["test_weighted_ascent_worked_out_by_hand"]()
+    namespace["test_unlikelihood_worked_out_by_hand"]()
 
     from llm_unlearn.cli.unlearn import main
 
-    words = "--unlearn_method worked_example:WGATrainer --alpha 2 --target_model_name_or_path demo_output/target"
+    words = "--unlearn_method worked_example:UnlikelihoodTrainer --alpha 2 --target_model_name_or_path demo_output/target"
     assert main([*words.split(), *"--domain demo --max_steps 2 --output_dir out --save_strategy no".split()]) == 0
     history = json.loads((demo_folder / "out/trainer_state.json").read_text())["log_history"]
     assert {"loss/forget", "loss/retain"} <= set(history[0])

@@ -26,10 +26,10 @@ class CircuitBreakersTrainer(UnlearnTrainer):
 
         L = forget_weight * mean max(0, cos(h, h0)) + retain_weight * mean ||h - h0||   averaged over --layers
 
-    Training begins at a stationary point of the first term, cosine 1 everywhere: which way states leave it is decided by
-    rounding, or dropout, where nothing else moves them. Runs that are cut otherwise then agree in what they reach and
-    not in every digit. With `--orth_coef` the forget rows of a batch are also set at right angles to each other, as the orthogonal variant
-    does. No layer above the highest of --layers runs where the retain term reads states.
+    With `--orth_coef` the forget rows of a batch are also set at right angles to each other, as the orthogonal variant
+    does. No layer above the highest of --layers runs where the retain term reads states. Training begins at a
+    stationary point of the first term, cosine 1 everywhere: where nothing else moves the states, rounding or dropout
+    decides which way they leave it, and runs that are cut otherwise agree in what they reach, not in every digit.
 
     Source: Zou et al. 2024, arXiv:2406.04313; defaults and ramps of EleutherAI/unlearn, whose ramp counts calls of the
     loss, where this one counts optimizer steps, and whose means take in padding.

@@ -56,7 +56,7 @@ class MaxEntropyTrainer(UnlearnTrainer):
     targets are drawn by the seed, the row and the optimizer step alone: accumulation, the number of processes and a
     resume change none.
 
-    Source: EleutherAI/unlearn, whose default is the random-target form.
+    Source: EleutherAI/unlearn 2026, whose default is the random-target form.
     """
 
     args_class = MaxEntropyArguments

@@ -58,7 +58,7 @@ class RewrittenTransferTrainer(UnlearnTrainer):
     written by utils/rewrite_forget_set.py; a row and its rewrite meet in one forward, so that both states are those of
     the model as it is. The first token of a rewrite is never a target.
 
-    Source: EleutherAI/unlearn (transfer_rewritten), which logs no result. Differs from the authors' code: its
+    Source: EleutherAI/unlearn 2026 (transfer_rewritten), which logs no result. Differs from the authors' code: its
     cross-entropy carries no gradient, and is NaN where no label is left; retain rows come in the same steps, not in
     phases of their own; the logits of the head are not among the modules, which would need all of them at once; states
     of the tokens that count are compared, not of the prompt; long texts are cut into windows that stay aligned, not at

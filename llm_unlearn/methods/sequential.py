@@ -111,8 +111,8 @@ class SequentialTrainer(PhasedTrainer):
     train, and the forget term sees those up to the layer only: above it stands the frozen base model. The retain term
     goes through the whole model, adapters and all.
 
-    Source: EleutherAI/unlearn (sequential unlearning). Differs from the authors' code: frozen layers have no momentum
-    and no weight decay; each phase of a whole model has its own learning-rate schedule, as with LoRA; the forget term
+    Source: EleutherAI/unlearn 2026 (sequential unlearning). Differs from the authors' code: frozen layers have no
+    momentum and no weight decay; each phase of a whole model has its own learning-rate schedule, as with LoRA; the forget term
     is the exact expectation of their cross-entropy with random targets; the retain divergence is per token. With LoRA
     the forget rows lose the adapters above the layer inside the one forward, so that the base layers run with the
     model's own masks and positions.

@@ -71,7 +71,7 @@ class TunedLensTrainer(UnlearnTrainer):
     each forget token, from the third token of a row on. No layer above the highest of --layers runs where the retain
     term reads states too.
 
-    Source: EleutherAI/unlearn (tuned-lens unlearning), its defaults and ramps. Differs from the authors' code: the
+    Source: EleutherAI/unlearn 2026 (tuned-lens unlearning), its defaults and ramps. Differs from the authors' code: the
         output of layer l goes through the translator of hidden_states[l + 1], that of the last layer through none,
         where their hooks put it through the translator of hidden_states[l]; the entropy form is the expectation of
         their random target, without its noise; cross_entropy is in their README alone; the retain term defaults to
