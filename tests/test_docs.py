@@ -250,7 +250,8 @@ def test_the_worked_example_of_contributing_works(demo_folder, monkeypatch):
 
     from llm_unlearn.cli.unlearn import main
 
-    words = "--unlearn_method worked_example:UnlikelihoodTrainer --alpha 2 --target_model_name_or_path demo_output/target"
+    words = "--unlearn_method worked_example:UnlikelihoodTrainer --alpha 2"
+    words += " --target_model_name_or_path demo_output/target"
     assert main([*words.split(), *"--domain demo --max_steps 2 --output_dir out --save_strategy no".split()]) == 0
     history = json.loads((demo_folder / "out/trainer_state.json").read_text())["log_history"]
     assert {"loss/forget", "loss/retain"} <= set(history[0])
