@@ -6,8 +6,10 @@ from pathlib import Path
 from llm_unlearn.command_line import load_json
 from llm_unlearn.data.tokenize import TokenizeOptions
 from llm_unlearn.errors import UserError
+from llm_unlearn.optimizer_flags import OptimizerFlags
 from llm_unlearn.regularizer_flags import RegularizerFlags
 from llm_unlearn.selection_flags import SelectionFlags
+from llm_unlearn.weight_mask_flags import WeightMaskFlags
 
 REFERENCE_MODES = ("live", "adapter_off", "cached")
 
@@ -77,7 +79,7 @@ class TokenizeFlags:
 
 
 @dataclass
-class UnlearnFlags(TokenizeFlags, RegularizerFlags, SelectionFlags):
+class UnlearnFlags(TokenizeFlags, RegularizerFlags, SelectionFlags, WeightMaskFlags, OptimizerFlags):
     """Flags of every trainer besides TrainingArguments: tokenization, and names that transformers 5 dropped."""
 
     overwrite_output_dir: bool = flag(False, "Write into an output directory that is not empty.")

@@ -24,7 +24,9 @@ def chunk_rows(vocabulary, device):
     return max(1, elements // max(vocabulary, 1))
 
 
-def token_scores(hidden, projection, labels, reference=None, entropy=False, linear=None, uniform=False, top_k=None):
+def token_scores(
+    hidden, projection, labels, reference=None, entropy=False, linear=None, uniform=False, top_k=None, draw=None
+):
     """Score tokens under the distributions that a head makes of hidden states, chunk by chunk.
 
         logps_n   = log p_n(y_n)
@@ -46,13 +48,16 @@ def token_scores(hidden, projection, labels, reference=None, entropy=False, line
             right as well.
         uniform: whether to return the cross-entropy of the uniform distribution under p.
         top_k: read `uniform` off the k largest logits alone, as if there were no others; None takes all V.
+        draw: function of (logits (C, V), the slice of positions that they are of) that returns (C,) labels, which are
+            written into `labels`; with `linear`, a projection without softcap, and nothing else asked for.
     Returns:
         (K, N) float32 at least, nats: logps, then kl, entropy and uniform, as far as asked for.
     Source: chunked heads as in torchtune and Liger-Kernel, Hsu et al. 2024, arXiv:2410.10989.
     """
     ref_hidden, ref_projection = reference or (None, None)
     dtype = compute_dtype(hidden, projection.weight)
-    settings = _Settings(projection, ref_projection, entropy, uniform, top_k, dtype)
+    settings = _Settings(projection, ref_projection, entropy, uniform, top_k, dtype, draw)
+    assert draw is None or (settings.is_plain() and linear is not None)
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenScores.apply(hidden, projection.weight, projection.bias, labels, ref_hidden, linear, settings)
 
@@ -65,6 +70,7 @@ class _Settings:
     uniform: bool
     top_k: int | None
     dtype: torch.dtype
+    draw: object = None
 
     def kinds(self):
         """Return the names of the values that are asked for, row by row."""
@@ -92,6 +98,8 @@ class _TokenScores(torch.autograd.Function):
         for part in _chunks(len(hidden), settings):
             if is_plain:
                 logits = compute.projection.logits(hidden[part], compute.dtype, buffer)
+                if settings.draw is not None:
+                    labels[part] = settings.draw(logits, part)
                 values, lse, sums = _exponentiate(logits, labels[part])
                 found.append(values)
                 normalizers.append(torch.cat([lse, torch.zeros_like(lse)], -1).T)

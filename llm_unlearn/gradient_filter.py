@@ -32,6 +32,8 @@ def same_sign(retain, forget, asymmetric=False):
 class GradientFilter:
     """Gives each stream a backward and gradients of its own, and the optimizer what `same_sign` makes of them.
 
+    What a regularizer's own stream says is added as it is.
+
     A stream's gradient is that of the whole optimizer step, of all micro-batches on all processes, before it meets the
     other's: so accumulation and the number of processes change nothing. It takes the memory of the trained weights
     twice. FSDP2 reduces after every backward, because it keeps what is not reduced out of reach; DDP twice a step.
@@ -75,8 +77,11 @@ class GradientFilter:
     def combine(self):
         """Hand the step's gradients, combined, to the optimizer, after the last micro-batch's last backward."""
         retain, forget = (self._held.pop(name, {}) for name in ("retain", "forget"))
+        others, self._held = list(self._held.values()), {}
         for parameter in retain.keys() | forget.keys():
             own, other = retain.pop(parameter, None), forget.pop(parameter, None)
             own = torch.zeros_like(other) if own is None else own
             other = torch.zeros_like(own) if other is None else other
             parameter.grad = same_sign(own, other, self.asymmetric)
+        for parameter, gradient in (pair for held in others for pair in held.items()):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

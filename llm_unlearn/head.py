@@ -21,6 +21,7 @@ class StreamOutput:
         uniform: (B, T-1) cross-entropy of the uniform distribution under that one, nats; likewise.
         of_logits: (B, T-1) what a function of the logits, given to the forward, says of each counted token; likewise.
         hidden: {decoder layer: (B, T-1, D)} its output at each token but the first itself; empty unless asked for.
+        index: (B,) row numbers, -1 for fillers.
     """
 
     logps: torch.Tensor
@@ -31,6 +32,7 @@ class StreamOutput:
     uniform: torch.Tensor | None = None
     of_logits: torch.Tensor | None = None
     hidden: dict = field(default_factory=dict)
+    index: torch.Tensor | None = None
 
     @classmethod
     def of(cls, stream, logps, kl=None, entropy=None, uniform=None, of_logits=None):
@@ -45,7 +47,8 @@ class StreamOutput:
         mask, weights = counted_positions(stream), stream.get("weights")
         given = (logps, kl, entropy, uniform, of_logits)
         spread = [None if values is None else scatter(values, mask) for values in given]
-        return cls(spread[0], mask, None if weights is None else weights[:, 1:], *spread[1:])
+        weights = None if weights is None else weights[:, 1:]
+        return cls(spread[0], mask, weights, *spread[1:], index=stream.get("index"))
 
     @classmethod
     def blank(cls, stream):
@@ -61,6 +64,17 @@ class StreamOutput:
         """(B,) log-probability of each sequence per counted token, nats; 0 for a filler row."""
         tokens = self.mask.sum(-1) if self.weights is None else (self.mask * self.weights).sum(-1)
         return self.sequence_logps() / torch.where(tokens > 0, tokens, torch.ones_like(tokens))
+
+    def summed(self, values):
+        """Sum what counts of values (B,) per sequence or (B, T-1) per token, token weights applied.
+
+        Returns:
+            (scalar, 0 for sequences or 1 for tokens: the entry of `counts` to divide by).
+        """
+        if values.dim() == 1:
+            return values.masked_fill(~self.mask.any(-1), 0.0).sum(), 0
+        values = values.masked_fill(~self.mask, 0.0)
+        return (values if self.weights is None else values * self.weights).sum(), 1
 
     def counts(self):
         """(2,) float64: sequences with a counted token, and counted tokens (their weights where given)."""

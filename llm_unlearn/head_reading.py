@@ -119,19 +119,9 @@ class HeadReader:
 
 
 def score_streams(
-    reader,
-    model,
-    inputs,
-    streams,
-    pad_token_id,
-    entropy=(),
-    linear=(),
-    ref_hidden=None,
-    ref_projection=None,
-    uniform=(),
-    scored=None,
-    of_logits=None,
-):
+    reader, model, inputs, streams, pad_token_id, entropy=(), linear=(), ref_hidden=None, ref_projection=None,
+    uniform=(), scored=None, of_logits=None,
+):  # fmt: skip
     """Score the counted tokens of streams in one forward.
 
     Args:
@@ -156,7 +146,6 @@ def score_streams(
     scored = tuple(streams) if scored is None else scored
     ref_hidden, of_logits = ref_hidden or {}, of_logits or {}
     top_k = uniform if isinstance(uniform, dict) else {}
-    sizes = {name: int(counted_positions(inputs[name]).sum()) for name in scored}
     wanted = {
         name: [True, name in ref_hidden and name not in of_logits, name in entropy, name in uniform, name in of_logits]
         for name in scored
@@ -176,11 +165,16 @@ def score_streams(
         return torch.cat(found)
 
     flat = reader(model, read, *concatenate(inputs, streams, pad_token_id))
+    return _outputs(flat, inputs, wanted)
+
+
+def _outputs(flat, inputs, wanted):
+    """Return {stream: StreamOutput} of all values end to end, those of a stream row by row, as far as wanted."""
+    sizes = {name: int(counted_positions(inputs[name]).sum()) for name in wanted}
     outputs = {}
-    for name, part in zip(scored, flat.split([sum(wanted[name]) * sizes[name] for name in scored]), strict=True):
+    for name, part in zip(wanted, flat.split([sum(wanted[name]) * sizes[name] for name in wanted]), strict=True):
         rows = iter(part.view(sum(wanted[name]), sizes[name]))
-        values = [next(rows) if is_wanted else None for is_wanted in wanted[name]]
-        outputs[name] = StreamOutput.of(inputs[name], *values)
+        outputs[name] = StreamOutput.of(inputs[name], *[next(rows) if given else None for given in wanted[name]])
     return outputs
 
 

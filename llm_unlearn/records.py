@@ -64,6 +64,7 @@ def run_record(parsed, start_model, trainer, sources, seconds):
             for name, size in dataset.sizes.items()
         },
         "token_selection": trainer.token_selection,
+        "weight_mask": trainer.weight_mask and trainer.weight_mask.record,
         "read": trainer.reading_record(),
         "reference": trainer.reference_record(),
         "sources": {name: source.origins for name, source in sources.items()},

@@ -2,6 +2,7 @@
 # Shapes: B sequences, T tokens, D hidden size, M sequences on all processes.
 
 import contextlib
+import importlib
 import math
 
 import torch
@@ -14,12 +15,13 @@ from llm_unlearn.schedules import schedule_factor
 
 
 class Regularizer:
-    """A term on the forget stream beside the method's own.
+    """A term on one stream beside the method's own.
 
     Attributes:
         name: as logged, `loss/<name>`.
+        stream: what it reads; one of `regularizer_flags.STREAMS` runs for it alone.
         layers: decoder layers whose states it reads.
-        reads_uniform: whether it reads the cross-entropy of the uniform distribution off the head.
+        reads: what it reads off the head besides the log-probabilities: entropy, uniform, or None.
         in_loss: whether it is part of the loss; one that is not acts on the gradient by itself.
         trainer: UnlearnTrainer.
 
@@ -29,24 +31,45 @@ class Regularizer:
         UserError: what it needs, this run does not have.
     """
 
-    name = ""
-    layers = ()
-    reads_uniform = False
+    name, stream = "", "forget"
+    layers, reads = (), None
     in_loss = True
 
     def __init__(self, trainer):
         self.trainer = trainer
         data = trainer.train_dataset
-        if self.in_loss and "forget" not in (trainer.streams_for(trainer.args) if data is None else data.streams):
-            raise UserError(f"--regularizer {self.name} reads a forget set, which this method does not")
+        streams = trainer.all_streams_for(trainer.args) if data is None else data.streams
+        if self.in_loss and self.stream not in streams:
+            raise UserError(f"--regularizer {self.name} reads a {self.stream} set, which this method does not")
 
     def weight(self):
         """Return the coefficient at the present step."""
         raise NotImplementedError
 
-    def values(self, output):
-        """Return (B,) values per sequence or (B, T-1) per token of the forget stream's StreamOutput."""
+    def values(self, output, standalone=False):
+        """Return (B,) values per sequence or (B, T-1) per token.
+
+        Args:
+            output: StreamOutput of the stream.
+            standalone: whether it is a batch by itself, and none of an optimizer step on all processes.
+        """
         raise NotImplementedError
+
+    def begin_step(self, batches):
+        """Get to know the UnlearnBatches of an optimizer step of this process, before the first forward of them."""
+
+    def require_output(self):
+        """Refuse a run whose losses end below the output.
+
+        Raises:
+            UserError: saying what to type.
+        """
+        last = self.trainer.last_layer_for(self.trainer.args)
+        if last is not None:
+            raise UserError(
+                f"--regularizer {self.name} reads the output, but this run's losses end at layer {last}; pass "
+                "--retain_loss kl"
+            )
 
     def attached(self):
         """Return the context of a training run in which it acts; entered while the model is the start model."""
@@ -83,7 +106,7 @@ class Orthogonality(Regularizer):
         args = self.trainer.args
         return args.orth_coef * schedule_factor(args.orth_schedule, self.trainer.progress())
 
-    def values(self, output):
+    def values(self, output, standalone=False):
         """Return (B,): of each row the mean over layers and over its pairs, times the mean length."""
         gather, rank = self.trainer.accelerator.gather, self.trainer.args.process_index
         weights = output.weights
@@ -105,22 +128,17 @@ class MaxEntropy(Regularizer):
     """
 
     name = "max_entropy"
-    reads_uniform = True
+    reads = "uniform"
 
     def __init__(self, trainer):
         super().__init__(trainer)
-        last = trainer.last_layer_for(trainer.args)
-        if last is not None:
-            raise UserError(
-                f"--regularizer max_entropy reads the output, but this run's losses end at layer {last}; pass "
-                "--retain_loss kl"
-            )
+        self.require_output()
 
     def weight(self):
         """`--max_entropy_coef`."""
         return self.trainer.args.max_entropy_coef
 
-    def values(self, output):
+    def values(self, output, standalone=False):
         """Return (B, T-1), 1 where a distribution is uniform."""
         return output.uniform / math.log(self.trainer.model.config.get_text_config().vocab_size)
 
@@ -147,9 +165,16 @@ class L2SP(Regularizer):
         return self.pull.attached()
 
 
-REGULARIZERS = {"orthogonality": Orthogonality, "max_entropy": MaxEntropy, "l2_sp": L2SP}
+REGULARIZERS = {
+    "orthogonality": "llm_unlearn.regularizers:Orthogonality",
+    "max_entropy": "llm_unlearn.regularizers:MaxEntropy",
+    "l2_sp": "llm_unlearn.regularizers:L2SP",
+    "ilu": "llm_unlearn.addons.invariance:invariance_of",
+}
+"""{name: what makes it of a trainer}"""
 
 
 def regularizers_of(trainer):
     """Return the regularizers that a trainer's arguments ask for."""
-    return tuple(REGULARIZERS[name](trainer) for name in trainer.args.regularizer)
+    places = [REGULARIZERS[name].partition(":") for name in trainer.args.regularizer]
+    return tuple(getattr(importlib.import_module(module), name)(trainer) for module, _, name in places)

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 RUN_STATE, METHOD_STATE = "unlearning_state.json", "method_state.safetensors"
 _FREE_TO_CHANGE = {"overwrite_output_dir", "do_unlearn", "fsdp_transformer_layer_cls_to_wrap"}
 _FREE_TO_CHANGE |= {"eval_suite", "retain_reference", "estimate_memory"}
+# What the file says is compared instead.
+_FREE_TO_CHANGE |= {"weight_mask", "allow_pickle_mask"}
 # Other ways to the same numbers, up to their rounding, as another number of processes is.
 _FREE_TO_CHANGE |= {"reference", "reference_cache", "sequential_backward", "selection_cache"}
 # The checkpoint's own values of most of these come back with the optimizer, so that another one would change nothing.
@@ -69,7 +71,7 @@ def run_state(trainer):
         dict, JSON-serializable. All of it must be equal except the number of processes (under ZeRO it must be too) and
         the length of the run.
     """
-    args, model = trainer.args, trainer.model
+    args, model, mask = trainer.args, trainer.model, getattr(trainer, "weight_mask", None)
     knobs = set(type(args).__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__) - _FREE_TO_CHANGE
     state = {
         "trainer": type(trainer).__name__,
@@ -82,6 +84,7 @@ def run_state(trainer):
         "settings": {name: getattr(args, name) for name in sorted({*knobs, *_UPDATE})},
         "adapters": {name: _adapter(config) for name, config in getattr(model, "peft_config", {}).items()},
         "window_steps": WINDOW_STEPS,
+        "weight_mask": mask and mask.file.sha256,
         "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "streams": trainer.train_dataset.fingerprints if trainer.train_dataset is not None else {},
         "length": {name: getattr(args, name) for name in _LENGTH},

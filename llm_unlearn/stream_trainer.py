@@ -9,8 +9,8 @@ import signal
 
 import torch
 from accelerate.utils import DistributedType
-from torch.nn.parallel import DistributedDataParallel
 
+from llm_unlearn.backward_turns import in_turns
 from llm_unlearn.checkpoints import CheckpointedTrainer
 from llm_unlearn.data.plan import WINDOW_STEPS, BatchPlan, drawn_rows
 from llm_unlearn.data.streams import UnlearnDataset
@@ -21,6 +21,7 @@ from llm_unlearn.head import counts, divisors, wide_dtype
 from llm_unlearn.models import checked_layers
 from llm_unlearn.objectives.representation import STATE_DISTANCES
 from llm_unlearn.processes import is_first_process
+from llm_unlearn.regularizer_flags import STREAMS
 from llm_unlearn.schedules import CONSTANT, schedule_factor
 from llm_unlearn.truncation import truncate
 
@@ -37,6 +38,8 @@ class StreamTrainer(CheckpointedTrainer):
         companions: {stream: the one in whose term it stands}; it has no turn of its own, and runs with that one.
         retain_loss: the retain term of a method that leaves no choice; None takes `--retain_loss`.
         plan: BatchPlan of this process while it trains.
+        step_batches: micro-batches of the present step, and {stream: (2,) sequences and tokens} that all count.
+        is_probing: whether a forward is none of a step, so that nothing is to be logged or remembered of it.
         token_selection: what `unlearning.json` says of `--token_selection`, or None.
         truncation: what is out of the model while it trains, where the losses end below its last layer.
         gradient_filter: GradientFilter that keeps the streams' gradients apart, or None to sum them.
@@ -46,9 +49,9 @@ class StreamTrainer(CheckpointedTrainer):
     optional_streams = ()
     paired_streams, companions = {}, {}
     retain_loss = None
-    plan = token_selection = None
+    plan = token_selection = step_batches = None
     truncation = gradient_filter = None
-    regularizers = ()
+    regularizers, is_probing = (), False
     _only = None
 
     # ---- Which streams ----
@@ -58,6 +61,11 @@ class StreamTrainer(CheckpointedTrainer):
         """Return the streams that a run with these arguments reads; a retain term of weight zero reads none."""
         skips = cls.retain_loss_for(args) == "none" or getattr(args, "retain_weight", 1) == 0
         return tuple(name for name in cls.streams if not (name == "retain" and skips))
+
+    @classmethod
+    def all_streams_for(cls, args):
+        """Return `streams_for` with the streams that regularizers bring, which no method sees."""
+        return (*cls.streams_for(args), *(STREAMS[name] for name in args.regularizer or () if name in STREAMS))
 
     @classmethod
     def retain_loss_for(cls, args):
@@ -71,7 +79,7 @@ class StreamTrainer(CheckpointedTrainer):
             stream: its name.
             args: None takes the run's own with their schedule, as of the present step; given, the schedule is left out.
         """
-        weight = getattr(args or self.args, f"{stream}_weight", 1.0)
+        weight = getattr(args or self.args, f"{stream}_weight", 0.0 if stream in STREAMS.values() else 1.0)
         schedule = CONSTANT if args is not None else getattr(self.args, f"{stream}_schedule", CONSTANT)
         return weight if schedule == CONSTANT else weight * schedule_factor(schedule, self.progress())
 
@@ -97,9 +105,10 @@ class StreamTrainer(CheckpointedTrainer):
     def last_layer_for(self, args):
         """Return the index of the highest decoder layer that the losses read, or None where they read the logits.
 
-        The layers above it, the final norm and the head are then out of the model while it trains.
+        The layers above it, the final norm and the head are then out of the model while it trains. A regularizer with
+        a stream of its own reads the logits of that.
         """
-        layers = self.layers_for(args)
+        layers = () if STREAMS.keys() & set(args.regularizer or ()) else self.layers_for(args)
         return max(layers) if layers and self.retain_loss_for(args) in ("none", *STATE_DISTANCES) else None
 
     def trained_parameters_for(self, args):
@@ -108,7 +117,7 @@ class StreamTrainer(CheckpointedTrainer):
 
     def runs(self, stream):
         """Return whether anything is computed of a stream now: something has a weight, and no other has its turn."""
-        weighs = self.weight_of(stream) != 0 or (stream == "forget" and any(part.in_loss for part in self.regularizers))
+        weighs = self.weight_of(stream) != 0 or any(p.in_loss and p.stream == stream for p in self.regularizers)
         return weighs and self._only in (None, self.companions.get(stream, stream))
 
     def rows_per_anchor(self):
@@ -157,27 +166,14 @@ class StreamTrainer(CheckpointedTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward one micro-batch; one stream after the other with `--sequential_backward` or a filter."""
-        streams, keeper = [s for s in inputs if self.runs(s) and s not in self.companions], self.gradient_filter
-        if not (self.args.sequential_backward or keeper) or len(streams) < 2:
+        streams = [name for name in inputs if self.runs(name) and name not in self.companions]
+        if not (self.args.sequential_backward or self.gradient_filter) or len(streams) < 2:
             return super().training_step(model, inputs, num_items_in_batch)
-        state, loss = self.accelerator.gradient_state, 0.0
-        is_last_micro_batch = state.sync_gradients
-        try:
-            for self._only in streams:
-                is_last = self._only == streams[-1]
-                if keeper is None:
-                    # DeepSpeed would step, and DDP would reduce, after each of the backwards.
-                    state._set_sync_gradients(is_last_micro_batch and is_last)
-                waits = keeper is None and isinstance(model, DistributedDataParallel) and not is_last
-                apart = contextlib.nullcontext() if keeper is None else keeper.turn_of(self._only, model)
-                with apart, model.no_sync() if waits else contextlib.nullcontext():
-                    loss = loss + super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._only = None
-            state._set_sync_gradients(is_last_micro_batch)
-        if keeper is not None and is_last_micro_batch:
-            keeper.combine()
-        return loss
+        return in_turns(self, super().training_step, streams, model, inputs, num_items_in_batch)
+
+    def take_turns(self, stream):
+        """Compute nothing but this stream, with its companions, from here on; None: all of them."""
+        self._only = stream
 
     def make_plan(self):
         """Return the plan of batches of this process."""
@@ -243,6 +239,9 @@ class StreamTrainer(CheckpointedTrainer):
         local = torch.stack([sum(counts(batch[name]) for batch in batches) for name in names])
         local = local.to(device, wide_dtype(device))
         summed = self.accelerator.reduce(local, "sum")
+        self.step_batches = batches, dict(zip(names, summed, strict=True))
+        for part in self.regularizers:
+            part.begin_step(batches)
         return batches, dict(zip(names, divisors(summed), strict=True))
 
     def floating_point_ops(self, inputs):
@@ -291,10 +290,11 @@ class StreamTrainer(CheckpointedTrainer):
         if train_dataset is None:
             return None
         given = UnlearnDataset.by_stream(train_dataset)
-        needed = self.streams_for(args)
+        needed = self.all_streams_for(args)
         missing = [name for name in needed if name not in given and name not in self.paired_streams]
         if missing:
-            raise UserError(f"{type(self).__name__} needs a {missing[0]} set, but was given {list(given)}")
+            article = "an" if missing[0][0] in "aeiou" else "a"
+            raise UserError(f"{type(self).__name__} needs {article} {missing[0]} set, but was given {list(given)}")
         wanted = [name for name in (*needed, *self.optional_streams) if name in given]
         chosen = {name: given[name] for name in wanted}
         is_ready = isinstance(train_dataset, UnlearnDataset)
@@ -311,7 +311,9 @@ class StreamTrainer(CheckpointedTrainer):
         """Leave the selected forget tokens, for which the model may be asked, and let the method change its streams."""
         if self.train_dataset is not None:
             streams, self.token_selection = select_tokens(self)
-            self.train_dataset = UnlearnDataset(self.prepare_streams(streams, self.processing_class, self.args))
+            own = {name: rows for name, rows in streams.items() if name not in STREAMS.values()}
+            prepared = self.prepare_streams(own, self.processing_class, self.args)
+            self.train_dataset = UnlearnDataset(prepared | {name: streams[name] for name in streams if name not in own})
 
     def _tokenized(self, data, tokenizer):
         return None if data is None else UnlearnDataset.of(data, tokenizer, self.tokenize_options)

@@ -6,6 +6,8 @@ import contextlib
 import torch
 
 from llm_unlearn.activations import capture_layers, run_without_head
+from llm_unlearn.addons.optimizers import set_up_optimizer
+from llm_unlearn.addons.weight_mask import weight_mask_of
 from llm_unlearn.callbacks import FiniteGradients, PlanEpoch, WarmupWarning
 from llm_unlearn.data.streams import UnlearnCollator, pad_id
 from llm_unlearn.decoder import name_decoder_layers
@@ -35,6 +37,7 @@ class UnlearnTrainer(StreamTrainer):
         streams: names of the streams that the method reads, the anchor of the epoch first.
         optional_streams: names of streams that it reads where they are given.
         retain_loss: the retain term of a method that leaves no choice; None takes `--retain_loss`.
+        weight_mask: addons.weight_mask.WeightMask that says which weights train, or None.
         suite: what `evaluate` scores besides, an `evaluation.in_training.TrainingSuite` or None.
         pooled: divide every term by the sequences of all streams together, instead of its own.
         token_terms: streams whose term is one number times each token's log-probability or divergence (or token weight
@@ -91,7 +94,8 @@ class UnlearnTrainer(StreamTrainer):
         self._asked, self._anchor = (None, None), None
         self.reader = HeadReader(self.model)
         self._prepare_data()
-        self.regularizers = regularizers_of(self)
+        self.regularizers, self.weight_mask = regularizers_of(self), weight_mask_of(self)
+        set_up_optimizer(self)
         readings = self.reference_readings(args)
         if not readings and (args.reference or args.reference_cache):
             raise UserError(f"--reference has no effect: {type(self).__name__} compares with none in this run")
@@ -134,7 +138,7 @@ class UnlearnTrainer(StreamTrainer):
         if not running:
             return outputs
         layers = sorted(
-            {*layers, *(layer for part in self.regularizers for layer in part.layers if self.runs("forget"))}
+            {*layers, *(layer for part in self.regularizers for layer in part.layers if self.runs(part.stream))}
         )
         with capture_layers(model, layers) as states:
             if self.truncation is not None:
@@ -152,14 +156,17 @@ class UnlearnTrainer(StreamTrainer):
     def _scored(self, model, inputs, running, entropy, uniform, scored, of_logits):
         chosen = tuple(name for name in running if scored is None or name in scored) or running[:1]
         uniform = dict(uniform) if isinstance(uniform, dict) else dict.fromkeys(uniform)
-        if any(part.reads_uniform for part in self.regularizers):
-            uniform.setdefault("forget", None)
+        flattened = {part.stream for part in self.regularizers if part.reads == "uniform"}
+        uniform |= {name: None for name in flattened if name not in uniform}
+        entropy = {*entropy, *(part.stream for part in self.regularizers if part.reads == "entropy")}
+        # Two values of the tokens that a regularizer flattens get a gradient.
+        linear = tuple(name for name in self.token_terms if name not in flattened)
         readings = self._frozen_reference.readings if self._frozen_reference else {}
         hidden = {name: self._ask_reference(inputs)[name] for name in running if readings.get(name) is HIDDEN}
         return score_streams(
             self.reader, model, inputs, running, self.data_collator.pad_token_id, entropy=entropy, uniform=uniform,
-            scored=tuple(name for name in running if name in {*chosen, *uniform, *hidden, *of_logits}),
-            linear=self.token_terms, of_logits=of_logits, ref_hidden=hidden,
+            scored=tuple(name for name in running if name in {*chosen, *entropy, *uniform, *hidden, *of_logits}),
+            linear=linear, of_logits=of_logits, ref_hidden=hidden,
             ref_projection=self._frozen_reference.projection if hidden else None,
         )  # fmt: skip
 
@@ -239,17 +246,18 @@ class UnlearnTrainer(StreamTrainer):
         for name, values in terms.items():
             if values is None or not self.runs(name):
                 continue
-            total, column = _summed(values, outputs[name])
+            total, column = outputs[name].summed(values)
             divisor = items[name][column]
             self._log_term(name, total.detach() / divisor, standalone)
             if self.pooled:
                 divisor = sum(items[other][column] for other, given in terms.items() if given is not None)
             loss = loss + self.weight_of(name) * total / divisor
         for part in self.regularizers:
-            if part.in_loss and self.runs("forget"):
-                total, column = _summed(part.values(outputs["forget"]), outputs["forget"])
-                self._log_term(part.name, total.detach() / items["forget"][column], standalone)
-                loss = loss + part.weight() * total / items["forget"][column]
+            if part.in_loss and self.runs(part.stream):
+                output = outputs[part.stream]
+                total, column = output.summed(part.values(output, standalone))
+                self._log_term(part.name, total.detach() / items[part.stream][column], standalone)
+                loss = loss + part.weight() * total / items[part.stream][column]
         if self._anchor is not None:
             loss, self._anchor = loss + self._anchor, None
         loss = loss * (1 if standalone else self.accelerator.num_processes)
@@ -263,7 +271,8 @@ class UnlearnTrainer(StreamTrainer):
         if self._frozen_reference is not None and self.train_dataset is not None:
             self._frozen_reference.prepare()
         with contextlib.ExitStack() as stack:
-            for part in self.regularizers:
+            # The mask last: it has the last word on every gradient.
+            for part in (*self.regularizers, *([self.weight_mask] if self.weight_mask else [])):
                 stack.enter_context(part.attached())
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -309,7 +318,8 @@ class UnlearnTrainer(StreamTrainer):
         if "loss" in logs and self._term_sums:
             steps = max(self.state.global_step - self._terms_since, 1)
             means = self.accelerator.reduce(torch.stack(list(self._term_sums.values())), "sum") / steps
-            logs.update({f"loss/{name}": mean.item() for name, mean in zip(self._term_sums, means, strict=True)})
+            names = [name if "/" in name else f"loss/{name}" for name in self._term_sums]
+            logs.update({name: mean.item() for name, mean in zip(names, means, strict=True)})
             self.reset_terms(self.state.global_step)
         super().log(logs, start_time)
 
@@ -328,17 +338,9 @@ class UnlearnTrainer(StreamTrainer):
         return self._asked[1]
 
     def _log_term(self, name, value, standalone):
-        if not standalone and self.model.training:
+        if not standalone and self.model.training and not self.is_probing:
             self._term_sums[name] = self._term_sums.get(name, 0.0) + value.to(wide_dtype(value.device))
 
     def _require_finite(self, loss):
         if not torch.isfinite(self.accelerator.reduce(loss.detach().clone(), "sum")):
             raise NonFiniteError(self.non_finite_message("the loss"))
-
-
-def _summed(values, output):
-    """Return (sum of the values that count, 0 for sequences or 1 for tokens)."""
-    if values.dim() == 1:
-        return values.masked_fill(~output.mask.any(-1), 0.0).sum(), 0
-    values = values.masked_fill(~output.mask, 0.0)
-    return (values if output.weights is None else values * output.weights).sum(), 1

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from tiny_world import terms
-from transformers.training_args import OptimizerNames
 
 from llm_unlearn.cli.published_launcher import ALGORITHMS, main
 from llm_unlearn.cli.unlearn import main as unlearn
@@ -66,9 +65,9 @@ def test_the_script_prints_a_command_that_parses():
 
 
 def test_a_mistake_ends_the_script_in_one_sentence():
-    result = bash("-a", "cb", "--rm", "23", "--ret", "2", "--muon")
+    result = bash("-a", "cb", "--rm", "23", "--ret", "2", "--time", "6:00:00")
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("--muon is not offered") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("--time is not offered") and result.stderr.count("\n") == 1
 
 
 def test_the_commands_at_the_top_of_the_script_parse(shown):
@@ -164,6 +163,15 @@ def test_the_other_options(shown):
     assert parsed.args.output_dir.endswith("_fp16_ultrachat")
 
 
+def test_muon_takes_the_place_of_adamw(shown):
+    (words,) = shown("-a", "seq", "--rm", "5", "--ret", "2", "--sft", "--muon")
+    args = flags_of(words).args
+    assert args.unlearn_optimizer == "muon" and "--optim" not in words and args.weight_decay == 0.01
+    assert args.output_dir.endswith("_lr2e-4_muon")
+    (words,) = shown("-a", "seq", "--rm", "5", "--ret", "2", "--sft", "--extra", "--unlearn_optimizer sophia")
+    assert flags_of(words).args.unlearn_optimizer == "sophia" and "--optim" not in words
+
+
 def test_without_a_retain_weight_nothing_of_the_retain_term_is_said(shown):
     for name in ("cb", "ct", "lens", "seq"):
         for sft in ([], ["--sft"]):
@@ -194,7 +202,6 @@ BAD = {
     "algorithm": (["-a", "lense", "--rm", "1", "--ret", "1"], "unknown -a 'lense'; did you mean 'lens'?"),
     "no rm": (["-a", "cb", "--ret", "1"], "--rm; run_unlearn.sh --help lists the options"),
     "unknown": ([*CB, "--alpha", "1"], "unrecognized arguments: --alpha 1"),
-    "muon": ([*CB, "--muon"], "--muon is not offered"),
     "nodes": ([*CB, "--nodes", "2"], "--nodes is not offered"),
     "time": ([*CB, "--time", "6:00:00"], "--time is not offered"),
     "rank": ([*CB, "--sft", "-r", "16"], "--rank has no effect with --sft"),
@@ -230,11 +237,6 @@ def test_processes_must_be_a_number(capsys, monkeypatch):
     assert "NPROC must be a number of processes, but is 'gpu'" in capsys.readouterr().err
 
 
-def test_muon_is_none_of_transformers_optimizers():
-    """Where it becomes one, --muon can be honored."""
-    assert not [name for name in OptimizerNames if "muon" in name.value]
-
-
 # ---- Runs ----
 
 
@@ -245,11 +247,11 @@ def test_the_first_failure_ends_a_sweep(capsys):
 
 
 def test_a_process_is_started_for_each_kind_of_command(monkeypatch):
-    from llm_unlearn.cli import published_launcher
+    from llm_unlearn.cli import launching
 
     started = []
     result = subprocess.CompletedProcess([], 3)
-    monkeypatch.setattr(published_launcher.subprocess, "run", lambda words, check: started.append(words) or result)
+    monkeypatch.setattr(launching.subprocess, "run", lambda words, check: started.append(words) or result)
     assert main(CB) == 3
     monkeypatch.setenv("NPROC", "2")
     assert main(CB) == 3

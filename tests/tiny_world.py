@@ -86,6 +86,20 @@ METHOD_FLAGS = {
 }
 
 
+FAMILIES = ("gradient_ascent", "random_label", "ascent_plus_descent", "ascent_plus_kl_divergence", "grad_diff", "npo")
+FAMILIES += ("simnpo", "rmu", "circuit_breakers", "tuned_lens", "sequential", "dpo", "pdu", "undial", "finetune")
+"""Methods that stand for their family in `make test`; the others run in `make test-full`, and in tests of their own."""
+
+
+def each_method(families=FAMILIES):
+    """Return pytest parameters of all methods, those that do not stand for their family marked `full`."""
+    import pytest
+
+    from llm_unlearn.methods import METHODS
+
+    return [pytest.param(method, marks=[] if method in families else pytest.mark.full) for method in METHODS]
+
+
 def command(world, method, output_dir, *flags):
     """Return the words of a short SGD run of a method on the tiny world, three steps of four rows."""
     start = world["base" if method in ("finetune", "retrain") else "model"]

@@ -10,14 +10,13 @@ identity, because the published maps belong one layer below where they are appli
 """
 
 import argparse
-import itertools
 import math
 import os
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass, field
 
+from llm_unlearn.cli.launching import given_flags, num_processes, require_number, run_words, start_words
 from llm_unlearn.errors import UserError, run_cli, unknown_name
 
 MODEL = "EleutherAI/deep-ignorance-unfiltered"
@@ -88,6 +87,7 @@ _REFUSED_ALGORITHMS = dict.fromkeys(
 _COMPANIONS = {
     "domain": "retain_data", "data_dir": "retain_data", "lens_path": "allow_pickle_lens",
     "teacher_model_name_or_path": "teacher_revision", "candidate_revisions": "teacher_revision",
+    "unlearn_optimizer": "optim",
 }  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def main(argv=None, run=None):
     for words in commands(options, os.environ):
         sys.stdout.write(shlex.join(words) + "\n")
         sys.stdout.flush()
-        status = 0 if options.dry_run else (run or _run)(words)
+        status = 0 if options.dry_run else (run or run_words)(words)
         if status:
             return status
     return 0
@@ -120,17 +120,14 @@ def commands(options, environment):
     Raises:
         UserError: options that cannot be honored together.
     """
-    processes = environment.get("NPROC", "1")
-    if not processes.isdecimal() or int(processes) < 1:
-        raise UserError(f"NPROC must be a number of processes, but is '{processes}'")
+    processes, start = num_processes(environment), start_words(environment)
     extra = shlex.split(options.extra)
     rates = (options.lr or ALGORITHMS[options.algorithm].learning_rate).split(",")
-    if len(rates) > 1 and "output_dir" in _names(extra):
+    if len(rates) > 1 and "output_dir" in given_flags(extra):
         raise UserError("--output_dir in --extra would be the same for every learning rate; set OUTPUT_ROOT instead")
-    start = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if int(processes) > 1 else ["python"]
     found = []
     for rate in rates:
-        flags = _flags(options, rate, int(processes), environment, extra)
+        flags = _flags(options, rate, processes, environment, extra)
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         found.append([*start, "run_unlearn.py", *words, *extra])
     return found
@@ -139,7 +136,7 @@ def commands(options, environment):
 def _flags(options, rate, processes, environment, extra):
     """Return {flag: value} of run_unlearn.py, without those that --extra gives."""
     algorithm, model = ALGORITHMS[options.algorithm], environment.get("MODEL", MODEL)
-    given = _names(extra)
+    given = given_flags(extra)
     rows = options.pdbs or algorithm.rows
     if options.orth and options.pdbs is None and rows * processes < 2:
         rows = 2
@@ -156,7 +153,8 @@ def _flags(options, rate, processes, environment, extra):
     flags |= {"learning_rate": rate, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
     layers = _phases({**flags, **given}) if algorithm is SEQ else 1
     flags |= {"max_steps": layers * math.ceil(examples / (rows * processes * accumulation)), "weight_decay": 0.01}
-    flags |= {"optim": "adamw_torch", options.dtype: "True", "save_strategy": "no"}
+    flags |= {"unlearn_optimizer": "muon"} if options.muon else {"optim": "adamw_torch"}
+    flags |= {options.dtype: "True", "save_strategy": "no"}
     flags |= {"report_to": "wandb"} if options.wandb else {}
     folder = f"{os.path.basename(os.path.normpath(model))}_{_tag(options, algorithm, rate)}"
     flags["output_dir"] = os.path.join(environment.get("OUTPUT_ROOT", "output"), folder)
@@ -197,19 +195,9 @@ def _tag(options, algorithm, rate):
     parts = [algorithm.tag, kind, f"ret{options.ret}", f"{'up' if algorithm is MU else 'rm'}{options.rm}"]
     parts += [f"orth{options.orth}"] if options.orth else []
     parts += [] if options.sft else [f"r{options.rank or 16}"]
-    parts += [f"lr{rate}"] + ([options.dtype] if options.dtype != "bf16" else [])
+    parts += [f"lr{rate}"] + (["muon"] if options.muon else []) + ([options.dtype] if options.dtype != "bf16" else [])
     parts += (["ultrachat"] if options.use_ultrachat else []) + ([options.tag_suffix] if options.tag_suffix else [])
     return "_".join(parts)
-
-
-def _names(words):
-    """Return {flag: the word behind it, or ""} of a command line."""
-    found = {}
-    for word, following in itertools.pairwise([*words, ""]):
-        if word.startswith("--"):
-            name, sign, value = word[2:].partition("=")
-            found[name.replace("-", "_")] = value if sign else following
-    return found
 
 
 def _check(options):
@@ -218,13 +206,11 @@ def _check(options):
     if options.algorithm not in ALGORITHMS:
         raise unknown_name("-a", options.algorithm, ALGORITHMS)
     for name in ("rm", "ret", "orth"):
-        _require_number(name, getattr(options, name), 0)
+        require_number(name, getattr(options, name), 0)
     for rate in (options.lr or "1").split(","):
-        _require_number("lr", rate, 0)
+        require_number("lr", rate, 0)
     if options.orth is not None and float(options.orth) == 0:
         options.orth = None
-    if options.muon:
-        raise UserError("--muon is not offered: run_unlearn.py trains with transformers' --optim, which has no Muon")
     if options.nodes != 1:
         raise UserError("--nodes is not offered: several machines are started with recipes/launch/torchrun_nodes.sh or "
                         "slurm.sbatch, which take the flags that --dry-run prints")  # fmt: skip
@@ -243,20 +229,6 @@ def _check(options):
     for name in ("rank", "examples", "pdbs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, but is {getattr(options, name)}")
-
-
-def _require_number(name, given, least):
-    try:
-        valid = given is None or least <= float(given) < math.inf
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"--{name} must be a number >= {least}, but is '{given}'")
-
-
-def _run(words):
-    start = [sys.executable, *(["-m", "torch.distributed.run"] if words[0] == "torchrun" else [])]
-    return subprocess.run([*start, *words[1:]], check=False).returncode
 
 
 class _Parser(argparse.ArgumentParser):
@@ -289,7 +261,7 @@ def _parser():
     add("--tag-suffix", default="", help="Appended to the output folder's name.")
     add("--extra", default="", help="Further flags of run_unlearn.py in one pair of quotes; they win.")
     add("--dry-run", action="store_true", help="Print the commands and run nothing.")
-    add("--muon", action="store_true", help="Refused: there is no Muon.")
+    add("--muon", action="store_true", help="Muon for the layers' matrices, AdamW for the rest; default AdamW.")
     add("--nodes", type=int, default=1, help="Refused above 1.")
     add("--time", help="Refused: nothing is submitted.")
     return parser

@@ -220,12 +220,29 @@ def load_split(name, data_args):
         split = _CUSTOM.get(name)
     if split is None:
         return None
-    split = _resolve(name, split, data_args)
+    return read_split(_resolve(name, split, data_args), data_args, reshape, name)
+
+
+def read_split(split, data_args, reshape=None, name="forget"):
+    """Read a Split from --data_dir, or else from the Hub.
+
+    Args:
+        split: Split, its names filled in.
+        data_args: DataArguments.
+        reshape: see `rows.check_rows`.
+        name: of the flag that takes a file in its place.
+    Returns:
+        Source.
+    Raises:
+        UserError: see `load_source`; also a file missing from --data_dir.
+    """
+    limit = data_args.max_train_samples
     if data_args.data_dir:
         return _local(split, data_args, limit, reshape)
     if split.hub is None:
+        is_own = data_args.domain == "copyright"
         raise MissingSplitError(
-            f"{split.config}/{split.split} {'is your own text' if domain == 'copyright' else 'was never published'}; "
+            f"{split.config}/{split.split} {'is your own text' if is_own else 'was never published'}; "
             f"pass --data_dir DIR with {' or '.join(split.local_names())}.jsonl, or --{name}_data FILE"
         )
     config = None if split.hub == "cais/wmdp-bio-forget-corpus" else split.config

@@ -8,7 +8,7 @@ import torch
 
 from llm_unlearn.data.plan import FILLER
 from llm_unlearn.data.rows import check_rows, fingerprint, read_rows
-from llm_unlearn.data.tokenize import IGNORED, TokenizeOptions, tokenize_rows
+from llm_unlearn.data.tokenize import IGNORED, ROW_COLUMNS, TokenizeOptions, tokenize_rows
 
 UnlearnBatch = dict[str, dict[str, torch.Tensor]]
 """{stream: {"input_ids" (B,T), "attention_mask" (B,T), "labels" (B,T), "index" (B,)[, "weights" (B,T)]}}"""
@@ -94,8 +94,8 @@ class UnlearnDataset(torch.utils.data.Dataset):
 
     @functools.cached_property
     def fingerprints(self):
-        """{stream: sha256 of its token ids and labels, weights and topics where there are any, in order}."""
-        columns = ("input_ids", "labels", "weights", "topic")
+        """{stream: sha256 of its token ids and labels, weights and what rows keep where there is any, in order}."""
+        columns = ("input_ids", "labels", "weights", *ROW_COLUMNS)
         return {
             name: fingerprint([[row[column] for column in columns if column in row] for row in rows])
             for name, rows in self.streams.items()

@@ -3,14 +3,18 @@
 import dataclasses
 import logging
 
+from llm_unlearn.data.environments import load_environments
 from llm_unlearn.data.rows import content_of
 from llm_unlearn.data.splits import load_split
 from llm_unlearn.data.streams import UnlearnDataset
 from llm_unlearn.data.tokenized_cache import find_cached
 from llm_unlearn.errors import MissingSplitError, UserError
+from llm_unlearn.regularizer_flags import STREAMS
 from llm_unlearn.selection_flags import READS_ROWS
 
 logger = logging.getLogger(__name__)
+
+_EXTRA = frozenset(STREAMS.values())
 
 
 def training_sets(parsed, tokenizer):
@@ -25,7 +29,7 @@ def training_sets(parsed, tokenizer):
         UserError: a set that the method needs is missing, empty or malformed.
     """
     trainer, args, data = parsed.trainer, parsed.args, parsed.data
-    needed = trainer.streams_for(args)
+    needed = trainer.all_streams_for(args)
     if data.refusal_data and not trainer.reads_refusals(args):
         raise UserError(
             f"--refusal_data has no effect on this run of {parsed.method}, which reads no refusals; pass po or idk_dpo"
@@ -34,17 +38,22 @@ def training_sets(parsed, tokenizer):
     for name in (*needed, *trainer.optional_streams):
         if name in trainer.paired_streams:
             continue
-        source = _load(name, args, data, name in needed)
+        source = load_environments(args.ilu_data, data) if name in _EXTRA else _load(name, args, data, name in needed)
         if source is None and name in needed:
             raise UserError(missing_set(name, parsed))
         if source is not None:
             sources[name] = source
     trainer.check_rows({name: source.rows for name, source in sources.items()}, tokenizer, args)
     _warn_of_overlap(sources)
+    own = {name: source for name, source in sources.items() if name not in _EXTRA}
     # The tokenized sets on disk hold no text, and no other column.
-    cached = None if getattr(args, "token_selection", None) in READS_ROWS else find_cached(parsed, tokenizer, sources)
-    train = UnlearnDataset(cached) if cached else {name: source.rows for name, source in sources.items()}
-    return sources, train, _evaluation_sets(sources, args, data) if args.do_eval else None
+    cached = None if getattr(args, "token_selection", None) in READS_ROWS else find_cached(parsed, tokenizer, own)
+    train = {name: source.rows for name, source in sources.items()}
+    if cached:
+        rest = {name: rows for name, rows in train.items() if name not in own}
+        options = args.tokenize_options(parsed.context_length)
+        train = UnlearnDataset({**cached, **UnlearnDataset.from_rows(rest, tokenizer, options).streams})
+    return sources, train, _evaluation_sets(own, args, data) if args.do_eval else None
 
 
 def missing_set(name, parsed):

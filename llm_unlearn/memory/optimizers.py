@@ -1,6 +1,7 @@
 """Bytes of an optimizer's state, by its name."""
 
 import copy
+import dataclasses
 import inspect
 import math
 from dataclasses import dataclass
@@ -8,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers import Trainer
 
+from llm_unlearn.addons.influence import InfluenceStep
+from llm_unlearn.addons.shards import PIECE
+from llm_unlearn.addons.sophia import LegacySophia, Sophia
 from llm_unlearn.memory.live_bytes import LiveBytes
 
 _STATES = {"adamw": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}
@@ -16,6 +20,10 @@ _OTHERS = {
     "schedule_free_adamw": 8, "schedule_free_radam": 8, "schedule_free_sgd": 4, "stable_adamw": 8, "lomo": 0,
 }  # fmt: skip
 _UNKNOWN = 8
+_OURS = {"sophia": Sophia, "soul_legacy": LegacySophia, "influence": InfluenceStep}
+_HELD = {"gnb": 1, "hutchinson": 3}
+"""Copies of the trained weights that the passes of an estimate of the curvature hold, gradients and weights."""
+_PIECE_BYTES = 8
 _SAMPLE, _COUNTS = (128, 512), (2, 6)
 
 
@@ -40,7 +48,7 @@ def optimizer_memory(name, args, trained_shapes, device_type):
     """Return what an optimizer holds for some weights.
 
     Args:
-        name: of --optim.
+        name: of --optim or --unlearn_optimizer.
         args: TrainingArguments, for --optim_args and the rest.
         trained_shapes: ((shape, dtype, whether of an embedding), ...).
         device_type: "cuda" or "cpu"; on CUDA torch's optimizers work on all weights at once.
@@ -48,6 +56,12 @@ def optimizer_memory(name, args, trained_shapes, device_type):
         OptimizerMemory.
     """
     numel = sum(math.prod(shape) for shape, _, _ in trained_shapes)
+    if name == "muon":
+        # Beside what is gathered: a matrix, its step, and the three of its iterations in bfloat16.
+        matrices = [part for part in trained_shapes if len(part[0]) == 2 and not part[2]]
+        saved = sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in matrices)
+        every = sum(2 * math.prod(shape) * dtype.itemsize for shape, dtype, _ in trained_shapes)
+        return OptimizerMemory(every - saved, _largest(matrices) * (2 * 4 + 3 * 2))
     if name == "adafactor":
         return OptimizerMemory(sum(_factored(shape) for shape, _, _ in trained_shapes), _largest(trained_shapes) * 8)
     torchao = {"adamw_torch_8bit": 1 + 4 / _BLOCK, "adamw_torch_4bit": 0.5 + 4 / 128}
@@ -61,20 +75,26 @@ def optimizer_memory(name, args, trained_shapes, device_type):
         return OptimizerMemory(state, 0, is_paged="paged" in name)
     sampled = _sampled(name, args, trained_shapes, device_type)
     if sampled:
-        return sampled
+        copies = _HELD.get(args.hessian_estimator, 0) if name in _OURS else 0
+        held = copies * sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in trained_shapes)
+        # Ours work on pieces of a weight.
+        step = min(sampled.step, _PIECE_BYTES * PIECE[device_type]) if name in _OURS else sampled.step
+        return dataclasses.replace(sampled, state=sampled.state + held, step=step)
     return OptimizerMemory(numel * _OTHERS.get(name, _UNKNOWN), 0, is_known=name in _OTHERS)
 
 
 def _sampled(name, args, trained_shapes, device_type):
-    """Step torch's own optimizer on a small weight of each dtype, and count; None where it is not torch's."""
-    args = copy.copy(args)
-    args.optim = name
-    try:
-        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ValueError, ImportError):
-        return None
-    if not (isinstance(kind, type) and kind.__module__.startswith("torch.optim")):
-        return None
+    """Step torch's own optimizer, or one of ours, on a small weight of each dtype, and count; None for any other."""
+    kind, kwargs = _OURS.get(name), {}
+    if kind is None:
+        args = copy.copy(args)
+        args.optim = name
+        try:
+            kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+        except (ValueError, ImportError):
+            return None
+        if not (isinstance(kind, type) and kind.__module__.startswith("torch.optim")):
+            return None
     if device_type == "cuda" and not kwargs.get("fused") and "foreach" in inspect.signature(kind).parameters:
         kwargs = {**kwargs, "foreach": True}
     state = step = 0.0

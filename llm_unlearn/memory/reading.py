@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from llm_unlearn.cli.unlearn import start_model
 from llm_unlearn.command_line import load_json
+from llm_unlearn.data.environments import are_at_hand
 from llm_unlearn.data.splits import DOMAINS
 from llm_unlearn.data.streams import UnlearnDataset
 from llm_unlearn.data.training_sets import training_sets
@@ -17,6 +18,7 @@ from llm_unlearn.memory.case import BUCKET_ELEMENTS, LIVE_ELEMENTS, Backend, Cas
 from llm_unlearn.memory.request import fsdp_settings
 from llm_unlearn.models import _DTYPES, _load, load_tokenizer, quantization_config
 from llm_unlearn.reference import HIDDEN
+from llm_unlearn.regularizer_flags import STREAMS
 from llm_unlearn.stream_trainer import padding_multiple
 
 
@@ -51,7 +53,7 @@ def make_case(parsed, request):
         checkpointing=bool(args.gradient_checkpointing),
         accumulation=args.gradient_accumulation_steps,
         sequential=args.sequential_backward,
-        optim=str(getattr(args.optim, "value", args.optim)),
+        optim=args.unlearn_optimizer or str(getattr(args.optim, "value", args.optim)),
         reference=args.reference,
         backend=make_backend(request),
         attention=flags.attn_implementation,
@@ -129,6 +131,8 @@ def _declared(parsed, config):
     trainer.depth = config.get_text_config(decoder=True).num_hidden_layers
     ratio = trainer.rows_per_anchor()
     names = [name for name in parsed.trainer.streams_for(parsed.args) if trainer.weight_of(name, parsed.args)]
+    # By parameter gradients its stream runs by itself, beside no other.
+    names += [STREAMS["ilu"]] if parsed.args.ilu_mode == "logit_scale" else []
     streams = tuple((name, parsed.args.per_device_train_batch_size * ratio.get(name, 1)) for name in names)
     return streams, trainer.reference_readings(parsed.args), bool(set(parsed.trainer.token_terms) & set(names))
 
@@ -168,4 +172,4 @@ def _is_at_hand(parsed):
     files = [getattr(data, f"{stream}_data", None) for stream in streams]
     local = [Path(path).is_file() if path else bool(data.data_dir) or data.domain == "demo" for path in files]
     has_tokenizer = any((Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    return all(local) and has_tokenizer
+    return all(local) and are_at_hand(parsed.args.ilu_data or (), data) and has_tokenizer

@@ -67,9 +67,9 @@ class CheckpointTransferTrainer(UnlearnTrainer):
     The teacher is a second, frozen model that runs up to the highest of `--layers` only, as the policy does with
     `--retain_loss l2`. `--retain_loss kl` is what the authors run with LoRA.
 
-    Source: EleutherAI/unlearn 2026 (checkpoint transfer). Differs from the authors' code: a map at layer l was fitted
-    to the output of layer l that it is applied to, theirs to its input; tokens that do not count have no part in a mean;
-    without a teacher it is refused, where theirs runs circuit breakers.
+    Source: EleutherAI/unlearn 2026 (checkpoint transfer). Differs from the authors' code: a map at layer l was
+    fitted to the output of layer l that it is applied to, theirs to its input; tokens that do not count have no
+    part in a mean; without a teacher it is refused, where theirs runs circuit breakers.
     """
 
     args_class = CheckpointTransferArguments

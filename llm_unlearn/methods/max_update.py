@@ -49,9 +49,9 @@ class MaxUpdateTrainer(UnlearnTrainer):
     U is logged as `loss/update`; it is no part of the logged `loss`. The square of the distance instead would feed on
     itself: its gradient grows with the distance.
 
-    Source: EleutherAI/unlearn 2026 (max-update unlearning). Differs from the authors' code, which clips the gradients
-    of both terms together: clipped alone, the retain gradient keeps its size beside that of U, whose length is its weight
-    times the root of the number of trained weights.
+    Source: EleutherAI/unlearn 2026 (max-update unlearning). Differs from the authors' code, which clips the
+    gradients of both terms together: clipped alone, the retain gradient keeps its size beside that of U, whose
+    length is its weight times the root of the number of trained weights.
     """
 
     args_class = MaxUpdateArguments

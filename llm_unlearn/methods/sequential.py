@@ -112,10 +112,10 @@ class SequentialTrainer(PhasedTrainer):
     goes through the whole model, adapters and all.
 
     Source: EleutherAI/unlearn 2026 (sequential unlearning). Differs from the authors' code: frozen layers have no
-    momentum and no weight decay; each phase of a whole model has its own learning-rate schedule, as with LoRA; the forget term
-    is the exact expectation of their cross-entropy with random targets; the retain divergence is per token. With LoRA
-    the forget rows lose the adapters above the layer inside the one forward, so that the base layers run with the
-    model's own masks and positions.
+    momentum and no weight decay; each phase of a whole model has its own learning-rate schedule, as with LoRA; the
+    forget term is the exact expectation of their cross-entropy with random targets; the retain divergence is per
+    token. With LoRA the forget rows lose the adapters above the layer inside the one forward, so that the base
+    layers run with the model's own masks and positions.
     """
 
     args_class = SequentialArguments

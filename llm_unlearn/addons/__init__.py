@@ -1,0 +1,1 @@
+"""What goes on top of any method: weight masks, optimizers, invariance."""
