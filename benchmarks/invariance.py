@@ -51,24 +51,43 @@ def run(repeats=5, is_quick=False):
         repeats: timed rounds, with and without ILU in alternation.
         is_quick: tiny sizes: whether all runs, not what it costs.
     """
-    small, long = (_QUICK, 16) if is_quick else (_SMALL, 128)
-    large, length = (_QUICK, 16) if is_quick else (_MISTRAL, 512)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, (method, mode) in JOBS.items():
-            for shown, shape in SHAPES.items():
-                target = TARGET if mode == "logit_scale" else None
-                job = f"{name}; {shown} rows of each stream a step"
-                if target is not None:
-                    counted = [full_width(large, length, method, chosen, shape, folder) for chosen in (None, mode)]
-                    size = "tiny" if is_quick else "Mistral 7B"
-                    rows.append(_row(f"{job}, {length} tokens, {size}", counted, target))
-                counted, spent = timed(small, long, method, mode, shape, folder, repeats)
-                title = f"{job}, {long} tokens, {small['num_hidden_layers']} layers of {small['hidden_size']}"
-                rows.append(_row(title, counted, target))
-                absolute = {f"seconds {side}": statistics.median(found) for side, found in spent.items()}
-                found = ratios(spent["with"], spent["without"])
-                rows.append(Row.timed("ILU", title, "time / step without ILU", found, None, target, absolute))
+        return [
+            row
+            for name in JOBS
+            for row in (*_counted(name, is_quick, folder), *_timed(name, is_quick, folder, repeats))
+        ]
+
+
+def _counted(name, is_quick, folder):
+    """Return the rows of a job's FLOPs at the shapes of a large model, one row of each stream in a micro-batch.
+
+    Each further micro-batch costs what the second does.
+    """
+    (method, mode), (shape, length) = JOBS[name], (_QUICK, 16) if is_quick else (_MISTRAL, 512)
+    if mode != "logit_scale":
+        return []
+    one, two = ([full_width(shape, length, method, chosen, (1, count), folder) for chosen in (None, mode)]
+                for count in (1, 2))  # fmt: skip
+    rows, size = [], "tiny" if is_quick else "Mistral 7B"
+    for count in (1, 2, 4):
+        found = [first + (count - 1) * (second - first) for first, second in zip(one, two, strict=True)]
+        rows.append(_row(f"{name}; {count} micro-batches a step, {length} tokens a row, {size}", found, TARGET))
+    return rows
+
+
+def _timed(name, is_quick, folder, repeats):
+    """Return the rows of a job's FLOPs and CPU time with a small model, four rows of each stream in a step."""
+    (method, mode), (shape, length) = JOBS[name], (_QUICK, 16) if is_quick else (_SMALL, 128)
+    target, rows = TARGET if mode == "logit_scale" else None, []
+    for shown, step in SHAPES.items():
+        counted, spent = timed(shape, length, method, mode, step, folder, repeats)
+        size = f"{shape['num_hidden_layers']} layers of {shape['hidden_size']}"
+        title = f"{name}; {shown} rows of each stream a step, {length} tokens a row, {size}"
+        rows.append(_row(title, counted, target))
+        absolute = {f"seconds {side}": statistics.median(found) for side, found in spent.items()}
+        found = ratios(spent["with"], spent["without"])
+        rows.append(Row.timed("ILU", title, "time / step without ILU", found, None, target, absolute))
     return rows
 
 

@@ -80,7 +80,7 @@ def run(args):
         args: the parsed command line, with a `folder` for temporary files.
     """
     from subjects import load_tokenizer_alone
-    from training_meters import alternate, flops, ratios
+    from training_meters import UncomputedProducts, alternate, flops, ratios
     from training_report import Row
     from training_steps import _quiet, dataset_of, small
 
@@ -91,7 +91,8 @@ def run(args):
     with _quiet():
         for name, flags in VARIANTS.items():
             trainers[name] = _trainer(copy.deepcopy(model), data, args, flags)
-            found[name] = flops(trainers[name].train)
+            with UncomputedProducts():
+                found[name] = flops(trainers[name].train)
         spent = alternate({name: part.train for name, part in trainers.items()}, args.repeats, args.device)
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     rows = []

@@ -10,6 +10,7 @@ from llm_unlearn.errors import UserError, unknown_name
 from llm_unlearn.methods import METHODS, describe, trainer_class
 
 _FOLDS = Folds(RENAMED, REFUSED, ACCEPTED)
+_NAMED_OWNERS = 6
 _RIVALS = (("warmup_ratio", "warmup_steps"), ("positive_factor", "retain_weight"))
 
 
@@ -136,7 +137,9 @@ def _does_not_apply(method):
         name = flag.lstrip("-")
         owners = [other for other in METHODS if other != method and name in _own_flags(other)]
         if owners:
-            return UserError(f"{flag} does not apply to {method}; it is a flag of {', '.join(owners)}")
+            named, others = owners[:_NAMED_OWNERS], len(owners) - _NAMED_OWNERS
+            more = f" and {others} others" if others > 0 else ""
+            return UserError(f"{flag} does not apply to {method}; it is a flag of {', '.join(named)}{more}")
         return unknown_option(flag, parser, f"run_unlearn.py --unlearn_method {method} --help")
 
     return unknown_flag

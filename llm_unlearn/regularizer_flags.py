@@ -15,7 +15,7 @@ STREAMS = {"ilu": "invariance"}
 """{regularizer: the stream that is loaded and run for it alone}"""
 
 ILU_MODES = ("logit_scale", "parameter_gradient")
-_KNOBS = {"orthogonality": ("orth_layers", "orth_schedule"), "ilu": ("ilu_data", "ilu_mode", "ilu_radius")}
+_KNOBS = {"orthogonality": ("orth_layers", "orth_schedule"), "ilu": ("ilu_data", "ilu_ratio", "ilu_mode", "ilu_radius")}
 
 
 @dataclass
@@ -57,6 +57,12 @@ class RegularizerFlags:
             "which comes from the Hub or from gsm8k/train.jsonl in --data_dir. Several are several environments."
         },
     )
+    ilu_ratio: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of --ilu_data for each forget row, all sets together (default 1): more cost and less noise."
+        },
+    )
     ilu_mode: str | None = field(
         default=None,
         metadata={
@@ -76,7 +82,7 @@ class RegularizerFlags:
 
 _DEFAULTS = {
     "orth_coef": 5.0, "orth_schedule": "0:1", "max_entropy_coef": 1.0, "l2sp_coef": 0.01, "ilu_weight": 0.1,
-    "ilu_data": ("gsm8k",), "ilu_mode": "logit_scale",
+    "ilu_data": ("gsm8k",), "ilu_ratio": 1, "ilu_mode": "logit_scale",
 }  # fmt: skip
 
 
@@ -126,5 +132,7 @@ def _check_ilu(args):
         args.ilu_radius = 0.01
     if args.ilu_radius is not None and not 0 < args.ilu_radius < math.inf:
         raise UserError(f"--ilu_radius must be above 0, and finite, but is {args.ilu_radius}")
+    if args.ilu_ratio is not None and args.ilu_ratio < 1:
+        raise UserError(f"--ilu_ratio must be at least 1, but is {args.ilu_ratio}")
     if args.ilu_data is not None and (not args.ilu_data or len(set(args.ilu_data)) < len(args.ilu_data)):
         raise UserError(f"--ilu_data must name at least one set, and each once, but is {' '.join(args.ilu_data)}")

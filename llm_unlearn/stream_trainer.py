@@ -185,7 +185,7 @@ class StreamTrainer(CheckpointedTrainer):
             args.per_device_train_batch_size,
             args.world_size,
             args.process_index,
-            self.rows_per_anchor(),
+            self.rows_per_anchor() | {STREAMS["ilu"]: args.ilu_ratio or 1},
             args.gradient_accumulation_steps,
             None if strategy == "random" else self.train_dataset.lengths,
             WINDOW_STEPS if strategy == "group_by_length" else 1,

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 PAGES += [f"docs/{name}.md" for name in ("data", "methods", "evaluation", "membership", "performance")]
-PAGES += [f"docs/{name}.md" for name in ("inside", "validation")]
+PAGES += [f"docs/{name}.md" for name in ("inside", "validation", "weights")]
 PAGES += [f"docs/{name}.md" for name in ("distributed", "memory")]
 OTHER_COMMANDS = ("make ", "pip ", "git ", "cd ")
 

@@ -6,15 +6,17 @@ import shutil
 
 import backends
 import pytest
+import torch
 from test_equivalence import assert_terms_agree
 from test_resume import SAVING, bit_equal
+from test_weight_mask import written
 from tiny_world import METHOD_FLAGS, command, terms, update_distance, weights
 
 from llm_unlearn.cli.unlearn import main
 
 FIXED = ["--layer", "0", "--retain_weight", "1"]
 # Of parameter gradients the change between two nearby points is rounded too.
-TOLERANCE = {"logit_scale": 2e-4, "parameter_gradient": 5e-3}
+TOLERANCE = {"logit_scale": 2e-5, "parameter_gradient": 2e-4}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_accumulation_and_turns_change_nothing(mode, sums, tiny_world, start_wei
     }
     found = {name: run(tiny_world, "npo", tmp_path / name, *flags, *shape) for name, shape in shapes.items()}
     for name in ("1x4", "2x2", "turns"):
-        assert_terms_agree(terms(found[name]), terms(found["4x1"]), 10 * TOLERANCE[mode])
+        assert_terms_agree(terms(found[name]), terms(found["4x1"]), TOLERANCE[mode])
         assert update_distance(weights(found[name]), weights(found["4x1"]), start_weights) <= TOLERANCE[mode]
 
 
@@ -157,7 +159,7 @@ def test_two_processes_equal_one(mode, backend, sums, tiny_world, start_weights,
     one = run(tiny_world, "npo", tmp_path / "one", *flags)
     cut = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     two = backends.train(command(tiny_world, "npo", tmp_path / "two", *flags, *cut), backend, 2)
-    assert_terms_agree(terms(two), terms(one), 10 * TOLERANCE[mode])
+    assert_terms_agree(terms(two), terms(one), TOLERANCE[mode])
     assert update_distance(weights(two), weights(one), start_weights) <= TOLERANCE[mode]
 
 
@@ -169,7 +171,7 @@ def test_rmu_in_two_processes_equals_one(backend, sums, tiny_world, start_weight
     one = run(tiny_world, "rmu", tmp_path / "one", *flags)
     cut = ["--per_device_train_batch_size", "2"]
     two = backends.train(command(tiny_world, "rmu", tmp_path / "two", *flags, *cut), backend, 2)
-    assert_terms_agree(terms(two), terms(one), 2e-3)
+    assert_terms_agree(terms(two), terms(one), 1e-4)
     assert update_distance(weights(two), weights(one), start_weights) <= TOLERANCE["logit_scale"]
 
 
@@ -182,6 +184,24 @@ def test_in_a_gradient_filter_and_layer_by_layer(sums, tiny_world, start_weights
         changed = {key for key in start_weights if not start_weights[key].equal(found[key])}
         assert changed and all(".layers." in key for key in changed)
         assert all("loss/ilu" in term for term in terms(folder))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", TOLERANCE)
+def test_weights_that_a_mask_leaves_out_stay_and_do_not_count(mode, sums, tiny_world, start_weights, tmp_path):
+    """Half of one matrix is left out; by parameter gradients the penalty is then that of the others."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    drawn = torch.rand(start_weights[name].shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = {key: torch.ones(value.shape, dtype=torch.bool) for key, value in start_weights.items()} | {name: drawn}
+    flags = [*ilu(sums, "--ilu_mode", mode, weight=0.01), "--optim", "adamw_torch", "--weight_decay", "0.1"]
+    masked = run(
+        tiny_world, "npo", tmp_path / "masked", *flags, "--weight_mask", written(tmp_path / "m.safetensors", mask)
+    )
+    whole = run(tiny_world, "npo", tmp_path / "whole", *flags)
+    found, before = weights(masked)[name], start_weights[name]
+    assert torch.equal(found[~drawn], before[~drawn]) and not torch.equal(found[drawn], before[drawn])
+    ratio = terms(masked)[0]["loss/ilu"] / terms(whole)[0]["loss/ilu"]
+    assert ratio == pytest.approx(1, rel=1e-6) if mode == "logit_scale" else 0.5 < ratio < 0.999
 
 
 # ---- Mistakes ----

@@ -2,10 +2,13 @@
 
 import json
 import math
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.utils import DistributedType
 from test_reference import V, llama, rows
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -19,9 +22,11 @@ from llm_unlearn.data.tokenize import IGNORED
 from llm_unlearn.errors import UserError
 from llm_unlearn.gradient_filter import GradientFilter
 from llm_unlearn.objectives.invariance import irm_penalty, scale_gradient
+from llm_unlearn.parsing import parse
 
 # Shapes: N tokens, V vocabulary, E environments.
 
+ROOT = Path(__file__).resolve().parents[1]
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -220,12 +225,13 @@ def assert_same(found, expected, tolerance):
         assert (one - other).norm() <= tolerance * scale
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (2, 2)], ids=lambda shape: "x".join(map(str, shape)))
-def test_a_step_adds_the_gradient_of_double_differentiation(shape, plain_update, tmp_path):
+@pytest.mark.parametrize("shape, ratio", [((4, 1), 1), ((1, 4), 1), ((2, 2), 2)])
+def test_a_step_adds_the_gradient_of_double_differentiation(shape, ratio, plain_update, tmp_path):
     """The whole pipeline: rows, environments, chunked head and accumulation, against dense logits and create_graph."""
     flags = {"per_device_train_batch_size": shape[0], "gradient_accumulation_steps": shape[1], "ilu_weight": 0.7}
-    trainer = make_trainer(tmp_path, **flags)
+    trainer = make_trainer(tmp_path, **flags, ilu_ratio=ratio)
     model = llama().double()
+    assert len(step_rows(trainer)) == 4 * ratio
     parts = environment_logits(model, step_rows(trainer)).values()
     penalty = torch.stack([by_double_backward(*part) for part in parts]).mean()
     assert len(parts) == 2
@@ -387,6 +393,8 @@ def test_data_that_is_not_there(specs, data, message, tmp_path):
         ({"ilu_mode": "parameter_gradient", "ilu_radius": 0.0}, "--ilu_radius must be above 0"),
         ({"ilu_mode": "scale"}, "--ilu_mode must be logit_scale or parameter_gradient, but is 'scale'"),
         ({"ilu_weight": 0.0}, "--ilu_weight must be above 0"),
+        ({"ilu_ratio": 0}, "--ilu_ratio must be at least 1, but is 0"),
+        ({"regularizer": None, "ilu_ratio": 2}, "--ilu_ratio has no effect without --regularizer ilu"),
         ({"ilu_data": ["a.jsonl", "a.jsonl"]}, "--ilu_data must name at least one set, and each once"),
     ],
 )
@@ -412,3 +420,25 @@ def test_fp16_and_parameter_gradients_do_not_go_together(tmp_path, monkeypatch):
 
 def test_the_tiny_vocabulary_is_the_one_that_rows_are_drawn_from():
     assert max(token for part in sets().values() for row in part for token in row["input_ids"]) < V
+
+
+# ---- Recipes ----
+
+
+@pytest.mark.parametrize("name", ["tofu/npo_ilu", "muse/npo_ilu", "wmdp/npo_ilu", "wmdp/rmu_ilu"])
+def test_recipes_say_where_each_value_stands_and_their_commands_parse(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = Path(f"recipes/{name}.yaml").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        assert line.startswith("# ") or "  # " in line, line
+    assert any(line.startswith("ilu_weight:") and "not found" in line for line in lines)
+    words = shlex.split(lines[0].partition(": ")[2])
+    parsed = parse(words[words.index("run_unlearn.py") + 1 :])
+    args = parsed.args
+    assert (
+        args.regularizer == ["ilu"] and args.ilu_data == ["gsm8k"] and args.output_dir.endswith(name.replace("/", "-"))
+    )
+    if name.startswith("wmdp"):
+        given = yaml.safe_load("\n".join(lines))
+        rows = given["per_device_train_batch_size"] * given.get("gradient_accumulation_steps", 1)
+        assert rows * args.ilu_ratio == 48

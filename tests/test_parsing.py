@@ -126,12 +126,20 @@ def test_a_method_from_elsewhere_parses_its_own_flags():
 @pytest.mark.parametrize(
     ("method", "flag", "owners"),
     [
-        ("gradient_ascent", "--beta", "npo, simnpo"),
+        ("gradient_ascent", "--beta", "npo, simnpo, sequential, dpo, idk_dpo, alt_po and 2 others"),
         ("npo", "--delta", "simnpo"),
-        ("npo", "--top_k", "random_label"),
+        ("npo", "--top_k", "random_label, sequential, max_entropy"),
         ("npo", "--general", "ascent_plus_descent, ascent_plus_kl_divergence"),
-        ("ascent_plus_descent", "--retain_loss", "grad_diff, npo, simnpo"),
-        ("random_label", "--retain_weight", "ascent_plus_descent, ascent_plus_kl_divergence, grad_diff, npo, simnpo"),
+        (
+            "ascent_plus_descent",
+            "--retain_loss",
+            "grad_diff, npo, simnpo, rmu, circuit_breakers, tuned_lens and 14 others",
+        ),
+        (
+            "random_label",
+            "--retain_weight",
+            "ascent_plus_descent, ascent_plus_kl_divergence, grad_diff, npo, simnpo, rmu and 19 others",
+        ),
     ],
 )
 @pytest.mark.parametrize("form", ["{flag} 1", "{flag}=1"])
@@ -422,7 +430,8 @@ def test_every_flag_of_every_method_has_help(method, capsys):
         word.strip("[],") for word in printed.split()
     }
     assert {"--learning_rate", "--lora_r", "--domain", "--max_length"} <= options
-    assert ("--beta" in options) == (method in ("npo", "simnpo")) == ("--beta" in own)
+    with_beta = ("npo", "simnpo", "sequential", "dpo", "idk_dpo", "alt_po", "undial", "wga")
+    assert ("--beta" in options) == (method in with_beta) == ("--beta" in own)
 
 
 def test_help_is_quick_and_imports_no_torch():

@@ -463,7 +463,7 @@ def test_the_text_of_copyright_is_the_users_own(hub, name):
 
 
 def parsed(data, method="npo", streams=("forget", "retain"), optional=(), **args):
-    trainer = SimpleNamespace(streams_for=lambda args: streams, optional_streams=optional, paired_streams={})
+    trainer = SimpleNamespace(all_streams_for=lambda args: streams, optional_streams=optional, paired_streams={})
     trainer.check_rows = lambda rows, tokenizer, args: None
     values = {"do_eval": False, **args}
     arguments = make_dataclass("Arguments", list(values))(**values)

@@ -270,11 +270,21 @@ def test_what_the_trainer_relies_on_is_set():
 # ---- Methods ----
 
 
+NEEDED = {
+    "random_label": {"completely_random": True},
+    "tuned_lens": {"lens_path": "logit"},
+    "checkpoint_transfer": {"teacher_model_name_or_path": "early"},
+    "probe_unlearn": {"probe_dir": "probes"},
+    "pdu": {"retain_bound": 0.5},
+    "l1_sparse": {"l1_coef": 1e-6},
+}
+"""What a method has no sensible default for."""
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_methods_arguments_have_defaults_and_are_public(method):
     kind = trainer_class(method).args_class
-    needed = {"completely_random": True} if method == "random_label" else {}
-    args = arguments(kind, **needed)
+    args = arguments(kind, **NEEDED.get(method, {}))
     assert isinstance(args, UnlearnArguments)
     own = kind.__name__ != "UnlearnArguments"
     assert not own or getattr(llm_unlearn, kind.__name__) is kind
@@ -310,7 +320,9 @@ def test_positive_factor_is_the_retain_weight(method):
 
 def test_random_label_needs_to_be_told_how():
     kind = trainer_class("random_label").args_class
-    with pytest.raises(UserError, match="needs --completely_random True, or --top_k K --rm_groundtruth True"):
+    with pytest.raises(
+        UserError, match="needs --completely_random True, --top_k K --rm_groundtruth True, or --label_source"
+    ):
         arguments(kind)
     for chosen in ({"top_k": 1}, {"top_p": 0.9}, {"rm_groundtruth": True}, {"legacy_shift": True, "top_k": 1}):
         args = arguments(kind, **chosen)

@@ -95,12 +95,12 @@ class _SophiaSteps(_CurvatureSteps):
         optimizer = self.optimizer
         optimizer.reset_clipped()
         if args.hessian_estimator == "empirical_fisher":
-            optimizer.fisher_tokens = self.tokens() if self._is_due(optimizer) else None
+            optimizer.fisher_tokens = self.tokens() if self._is_due() else None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Take the passes of an estimate."""
         optimizer = self.optimizer
-        if self.passes is not None and self._is_due(optimizer):
+        if self.passes is not None and self._is_due():
             self.passes.estimate(optimizer, optimizer.take_estimate)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -111,9 +111,11 @@ class _SophiaSteps(_CurvatureSteps):
         share = clipped / stepped.clamp(min=1) / args.world_size
         trainer._log_term("optimizer/clipped_share", share, standalone=False)
 
-    def _is_due(self, optimizer):
-        # A state that a phase has begun anew has no curvature.
-        return self.trainer.state.global_step % self.trainer.args.hessian_interval == 0 or not optimizer.state
+    def _is_due(self):
+        """Return whether the step takes an estimate; the interval begins anew with each phase, as the state does."""
+        step, phases = self.trainer.state.global_step, getattr(self.trainer, "phases", None)
+        since = step - phases.start(phases.index(step)) if phases else step
+        return since % self.trainer.args.hessian_interval == 0
 
 
 class _InfluenceSteps(_CurvatureSteps):

@@ -129,6 +129,7 @@ class WeightMask(OptimizerSteps):
 
     def before_step(self, optimizer):
         """Mask what others did to the gradients, and decay the weights that train in the optimizer's place."""
+        # Nothing but hooks like this one comes between the norm and the step.
         if len(optimizer._optimizer_step_pre_hooks) > 1:
             self.mask_gradients()
         for group in optimizer.param_groups:

@@ -129,7 +129,7 @@ def _declared(parsed, config):
     trainer = object.__new__(parsed.trainer)
     trainer.args, trainer.train_dataset = parsed.args, None
     trainer.depth = config.get_text_config(decoder=True).num_hidden_layers
-    ratio = trainer.rows_per_anchor()
+    ratio = trainer.rows_per_anchor() | {STREAMS["ilu"]: parsed.args.ilu_ratio}
     names = [name for name in parsed.trainer.streams_for(parsed.args) if trainer.weight_of(name, parsed.args)]
     # By parameter gradients its stream runs by itself, beside no other.
     names += [STREAMS["ilu"]] if parsed.args.ilu_mode == "logit_scale" else []
