@@ -204,7 +204,7 @@ class Hutchinson(CurvaturePasses):
         trainer, (batches, _) = self.trainer, self.trainer.step_batches
         for part in trainer.regularizers:
             if part.in_loss:
-                pass
+                part.begin_step(batches)
         # Of the whole objective training_step runs every stream, or one after the other.
         is_whole = trainer.args.hessian_data == "both"
         running = [name for name in (batches[0] if is_whole else self.names()) if trainer.runs(name)]
