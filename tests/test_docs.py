@@ -70,7 +70,9 @@ def demo_folder(base_model, tmp_path, monkeypatch):
 # ---- README ----
 
 
-RUNS = [words for words in commands(README) if "run_unlearn.py" in words]
+ON_TOP = "".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("inside", "weights"))
+RUNS = [words for words in commands(README) + commands(ON_TOP) if "run_unlearn.py" in words]
+TOOLS = [words for words in commands(ON_TOP) if any(word.startswith("utils/") for word in words)]
 EVALUATION = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 EVALUATIONS = [words for words in commands(README) + commands(EVALUATION) if "run_eval.py" in words]
 
@@ -91,6 +93,16 @@ def test_readme_evaluation_parses(words):
     assert launcher == ["python"] or launcher[0] == "torchrun"
     parsed = parse_evaluation(flags)
     assert (parsed.data.domain in domain_names() or parsed.flags.lm_eval_tasks) and not parsed.notes
+
+
+@pytest.mark.parametrize("words", TOOLS, ids=lambda words: " ".join(words)[:60])
+def test_flags_of_tools_exist(words):
+    """Each flag of a documented tool is declared in its file, or is one of those that say which data is read."""
+    path = ROOT / next(word for word in words if word.startswith("utils/"))
+    shared = {field.name for field in fields(DataFlags)} | {"config_file", "dry_run"}
+    declared = set(re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)) | shared
+    given = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
+    assert {name for name in given if "." not in name} <= declared
 
 
 def test_evaluation_page_python_runs():
