@@ -81,6 +81,28 @@ def demo_tokenizer():
     )
 
 
+LONG = {
+    "test_sequential_backward.py::test_the_update_is_that_of_the_joint_backward": ("[npo_kl-", "[ascent_plus_descent-"),
+    "test_sequential_backward.py::test_a_micro_batch_is_one_forward_of_the_policy": ("-full]", "[npo-lora]"),
+    "test_sequential_backward.py::test_on_two_processes": ("[ddp-npo-2]", "[zero3-"),
+    "test_generation.py::test_on_tofu": (),
+    "test_interruption.py::test_an_interrupted_run_continues_as_if_nothing_had_happened": ("-0]", "-1]"),
+    "test_memory.py::test_printed_tables_of_the_page": ("[0]",),
+    "test_distributed.py::test_the_full_suite_during_training_scores_sharded_models_alike": ("zero3", "fsdp"),
+    "test_memory_measured.py": (),
+}
+"""{test, or file: the cases of it that `make test` runs}: what takes longest, and that smaller cases tell too."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leave the longest cases to `make test-full`."""
+    for item in items:
+        for name in (item.path.name, f"{item.path.name}::{getattr(item, 'originalname', '')}"):
+            if name in LONG and not any(kept in item.nodeid for kept in LONG[name]):
+                item.add_marker(pytest.mark.full)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say by how much each backend differed from one process at most (test_matrix.py)."""
     worst = {}
