@@ -50,7 +50,6 @@ class StreamTrainer(CheckpointedTrainer):
     paired_streams, companions = {}, {}
     retain_loss = None
     plan = token_selection = step_batches = None
-    truncation = gradient_filter = None
     regularizers, is_probing = (), False
     _only = None
 
@@ -150,7 +149,8 @@ class StreamTrainer(CheckpointedTrainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """Train, with no layer above the last one that the losses read; see CheckpointedTrainer.train."""
         last_layer = self.last_layer_for(self.args)
-        if last_layer is None:
+        # As it saves, ZeRO-3 (deepspeed 0.19) looks at adapters that were out of the model when it was prepared.
+        if last_layer is None or (self.zero_stage() == 3 and hasattr(self.model, "peft_config")):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.truncation = truncate(self.model, last_layer, offload=True)
         try:
