@@ -49,7 +49,7 @@ class StreamTrainer(CheckpointedTrainer):
     optional_streams = ()
     paired_streams, companions = {}, {}
     retain_loss = None
-    plan = token_selection = step_batches = None
+    plan = token_selection = step_batches = truncation = gradient_filter = None
     regularizers, is_probing = (), False
     _only = None
 
