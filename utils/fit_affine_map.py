@@ -14,10 +14,9 @@ import logging
 import random
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from llm_unlearn.arguments import TokenizeFlags, flag
-from llm_unlearn.cli.script_flags import parse_script
+from llm_unlearn.cli.script_flags import check_counts, check_output, parse_script, require_flags
 from llm_unlearn.errors import UserError, run_cli
 from llm_unlearn.processes import is_first_process, set_up_logging
 
@@ -73,7 +72,7 @@ def main(argv=None):
 
     flags.use_cpu = flags.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=flags.use_cpu)
-    _check_output(flags)
+    check_output(flags)
     maps = _fit(flags, data, state, argv)
     if is_first_process():
         maps.save(flags.output_dir)
@@ -109,9 +108,7 @@ def table(metadata):
 
 
 def _check(flags, data):
-    for name in ("teacher_model_name_or_path", "target_model_name_or_path", "output_dir"):
-        if not getattr(flags, name):
-            raise UserError(f"--{name} is missing")
+    require_flags(flags, ("teacher_model_name_or_path", "target_model_name_or_path", "output_dir"))
     other = {"ridge": "svd_variance", "svcca": "alpha"}[flags.kind]
     if getattr(flags, other) is not None:
         raise UserError(f"--{other} has no effect with --kind {flags.kind}")
@@ -121,22 +118,12 @@ def _check(flags, data):
         value = getattr(flags, name)
         if value is not None and not (0 < value < 1 or (name == "svd_variance" and value == 1)):
             raise UserError(f"--{name} must lie between 0 and 1, but is {value}")
-    for name in ("per_device_eval_batch_size", "max_length"):
-        if getattr(flags, name) is not None and getattr(flags, name) < 1:
-            raise UserError(f"--{name} must be at least 1, but is {getattr(flags, name)}")
+    check_counts(flags, ("per_device_eval_batch_size", "max_length"))
     given = next((name for name in SETS if getattr(data, name) is not None), None)
     if flags.fit_data and given:
         raise UserError(f"--{given} has no effect with --fit_data")
     if not flags.fit_data and not data.domain:
         raise UserError("there is nothing to fit to; pass --domain DOMAIN or --fit_data FILE")
-
-
-def _check_output(flags):
-    folder = Path(flags.output_dir)
-    if is_first_process() and folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir '{folder}' is a file")
-    if is_first_process() and folder.is_dir() and any(folder.iterdir()) and not flags.overwrite_output_dir:
-        raise UserError(f"--output_dir '{folder}' is not empty; pass --overwrite_output_dir or another")
 
 
 def _fit(flags, data, state, argv):

@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from llm_unlearn.arguments import TokenizeFlags, flag
-from llm_unlearn.cli.script_flags import FORGET_DATA, parse_script
+from llm_unlearn.cli.script_flags import FORGET_DATA, check_counts, parse_script
 from llm_unlearn.errors import UserError, run_cli
 from llm_unlearn.processes import is_first_process, set_up_logging
 from llm_unlearn.weight_mask_flags import GAMMA, READS
@@ -121,9 +121,7 @@ def _check(flags, data):
         raise UserError("--refusal_data has no effect without --forget_loss refusal")
     if flags.compare and not flags.report:
         raise UserError("--compare has no effect without --report True")
-    for name in ("per_device_train_batch_size", "max_retain_rows", "max_length"):
-        if getattr(flags, name) is not None and getattr(flags, name) < 1:
-            raise UserError(f"--{name} must be at least 1, but is {getattr(flags, name)}")
+    check_counts(flags, ("per_device_train_batch_size", "max_retain_rows", "max_length"))
     if flags.seed < 0:
         raise UserError(f"--seed must not be negative, but is {flags.seed}")
     return _ratios(flags.ratio)

@@ -12,16 +12,21 @@ torchrun each process holds both models whole and takes its share of every batch
 import logging
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from llm_unlearn.arguments import TokenizeFlags, flag
-from llm_unlearn.cli.script_flags import FORGET_DATA, parse_script
-from llm_unlearn.errors import UserError, run_cli, unknown_name
-from llm_unlearn.processes import is_first_process, set_up_logging
+from llm_unlearn.cli.script_flags import (
+    FORGET_DATA,
+    check_counts,
+    check_output,
+    check_training_flags,
+    parse_script,
+    require_flags,
+)
+from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.processes import set_up_logging
 
 logger = logging.getLogger("llm_unlearn.train_probe")
 SCRIPT, LENGTH = "utils/train_probe.py", 512
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass
@@ -68,7 +73,7 @@ def main(argv=None):
 
     flags.use_cpu = flags.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=flags.use_cpu)
-    _check_output(flags)
+    check_output(flags)
     tokenizer, rows, held_out, facts = _read_rows(flags, data)
     probes, record = _train(flags, data, state, tokenizer, rows, held_out)
     if state.is_main_process:
@@ -91,31 +96,9 @@ def main(argv=None):
 
 
 def _check(flags):
-    for name in ("model_name_or_path", "early_model_name_or_path", "output_dir"):
-        if not getattr(flags, name):
-            raise UserError(f"--{name} is missing")
-    for name in ("num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length"):
-        if getattr(flags, name) is not None and getattr(flags, name) < 1:
-            raise UserError(f"--{name} must be at least 1, but is {getattr(flags, name)}")
-    if not 0 < flags.learning_rate < float("inf"):
-        raise UserError(f"--learning_rate must be above 0, but is {flags.learning_rate}")
-    if flags.dtype not in DTYPES:
-        raise unknown_name("--dtype", flags.dtype, DTYPES)
-    if flags.seed < 0:
-        raise UserError(f"--seed must not be negative, but is {flags.seed}")
-    hub = [name for name in ("hub_model_id", "hub_token", "hub_private_repo") if getattr(flags, name)]
-    if hub and not flags.push_to_hub:
-        raise UserError(f"--{hub[0]} has no effect without --push_to_hub")
-
-
-def _check_output(flags):
-    folder = Path(flags.output_dir)
-    if not is_first_process():
-        return
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir '{folder}' is a file")
-    if folder.is_dir() and any(folder.iterdir()) and not flags.overwrite_output_dir:
-        raise UserError(f"--output_dir '{folder}' is not empty; pass --overwrite_output_dir or another")
+    require_flags(flags, ("model_name_or_path", "early_model_name_or_path", "output_dir"))
+    check_counts(flags, ("num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length"))
+    check_training_flags(flags)
 
 
 def _hub(data, revision):

@@ -12,18 +12,23 @@ import logging
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from llm_unlearn.arguments import TokenizeFlags, flag
-from llm_unlearn.cli.script_flags import FORGET_DATA, parse_script
+from llm_unlearn.cli.script_flags import (
+    FORGET_DATA,
+    check_counts,
+    check_output,
+    check_training_flags,
+    parse_script,
+    require_flags,
+)
 from llm_unlearn.command_line import Folds
-from llm_unlearn.errors import MissingSplitError, UserError, run_cli, unknown_name
-from llm_unlearn.processes import is_first_process, set_up_logging
+from llm_unlearn.errors import MissingSplitError, UserError, run_cli
+from llm_unlearn.processes import set_up_logging
 
 logger = logging.getLogger("llm_unlearn.train_tuned_lens")
 SCRIPT, LENGTH, SCORED_ROWS = "utils/train_tuned_lens.py", 2048, 64
 DATA = (*FORGET_DATA, "holdout_data", "max_eval_samples")
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PUBLISHED = {"upload_to_hf": "push_to_hub", "hf_repo_id": "hub_model_id", "torch_dtype": "dtype", "no_cuda": "use_cpu"}
 
 
@@ -73,7 +78,7 @@ def main(argv=None):
 
     flags.use_cpu = flags.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=flags.use_cpu)
-    _check_output(flags)
+    check_output(flags, flags.model_name_or_path)
     tokenizer, rows, scored, facts = _read_rows(flags, data)
     lens, record = _train(flags, data, state, tokenizer, rows, scored)
     if not state.is_main_process:
@@ -104,35 +109,11 @@ def _parse(words):
 def _check(flags, data):
     from llm_unlearn.data.splits import check_trainable
 
-    for name in ("model_name_or_path", "output_dir"):
-        if not getattr(flags, name):
-            raise UserError(f"--{name} is missing")
+    require_flags(flags, ("model_name_or_path", "output_dir"))
     check_trainable(data.domain)
-    for owner, name in ((flags, "max_steps"), (flags, "per_device_train_batch_size"), (flags, "max_length"),
-                        (data, "max_eval_samples")):  # fmt: skip
-        if getattr(owner, name) is not None and getattr(owner, name) < 1:
-            raise UserError(f"--{name} must be at least 1, but is {getattr(owner, name)}")
-    if flags.learning_rate is not None and not 0 < flags.learning_rate < float("inf"):
-        raise UserError(f"--learning_rate must be above 0, but is {flags.learning_rate}")
-    if flags.dtype not in DTYPES:
-        raise unknown_name("--dtype", flags.dtype, DTYPES)
-    if flags.seed < 0:
-        raise UserError(f"--seed must not be negative, but is {flags.seed}")
-    hub = [name for name in ("hub_model_id", "hub_token", "hub_private_repo") if getattr(flags, name)]
-    if hub and not flags.push_to_hub:
-        raise UserError(f"--{hub[0]} has no effect without --push_to_hub")
-
-
-def _check_output(flags):
-    folder = Path(flags.output_dir)
-    if not is_first_process():
-        return
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir '{folder}' is a file")
-    if Path(flags.model_name_or_path).is_dir() and Path(flags.model_name_or_path).resolve() == folder.resolve():
-        raise UserError(f"--output_dir '{folder}' is the model's own folder; pass another")
-    if folder.is_dir() and any(folder.iterdir()) and not flags.overwrite_output_dir:
-        raise UserError(f"--output_dir '{folder}' is not empty; pass --overwrite_output_dir or another")
+    check_counts(flags, ("max_steps", "per_device_train_batch_size", "max_length"))
+    check_counts(data, ("max_eval_samples",))
+    check_training_flags(flags)
 
 
 def _hub(flags, data):
