@@ -277,6 +277,20 @@ class ActivationArguments(RetainArguments):
         super().__post_init__()
 
 
+@dataclass
+class RampedArguments(ActivationArguments):
+    """Arguments of a method with the weights and ramps that EleutherAI/unlearn gives most of its methods."""
+
+    forget_weight: float = flag(5.0, "Weight of the forget term.")
+    retain_weight: float = flag(5.0, "Weight of the retain term; 0 loads no retain set.")
+    forget_schedule: str = flag(
+        "1:0.75", "How the weight of the forget term goes: constant, or START:END, factors of it as in 1:0.75."
+    )
+    retain_schedule: str = flag(
+        "0:1", "How the weight of the retain term goes: constant, or START:END, factors of it as in 0:1."
+    )
+
+
 def fsdp_can_run(args):
     """Return whether FSDP would really shard: several processes and an accelerator."""
     return not args.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1

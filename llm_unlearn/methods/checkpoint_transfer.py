@@ -8,11 +8,11 @@ from llm_unlearn.errors import UserError
 from llm_unlearn.objectives.transfer import activation_transfer
 from llm_unlearn.teacher import FrozenTeacher
 from llm_unlearn.trainer import UnlearnTrainer
-from llm_unlearn.training_arguments import ActivationArguments
+from llm_unlearn.training_arguments import RampedArguments
 
 
 @dataclass
-class CheckpointTransferArguments(ActivationArguments):
+class CheckpointTransferArguments(RampedArguments):
     """Arguments of `checkpoint_transfer`; weights and ramps as in EleutherAI/unlearn.
 
     Attributes:
@@ -39,14 +39,6 @@ class CheckpointTransferArguments(ActivationArguments):
         None,
         "Multiple-choice rows (question, choices, answer) that --candidate_revisions is judged by, in the forms of "
         "--forget_data; default: the questions of the domain, where it has some.",
-    )
-    forget_weight: float = flag(5.0, "Weight of the forget term.")
-    retain_weight: float = flag(5.0, "Weight of the retain term; 0 loads no retain set.")
-    forget_schedule: str = flag(
-        "1:0.75", "How the weight of the forget term goes: constant, or START:END, factors of it as in 1:0.75."
-    )
-    retain_schedule: str = flag(
-        "0:1", "How the weight of the retain term goes: constant, or START:END, factors of it as in 0:1."
     )
 
     def __post_init__(self):

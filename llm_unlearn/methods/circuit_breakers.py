@@ -2,21 +2,15 @@
 
 from dataclasses import dataclass
 
-from llm_unlearn.arguments import flag
 from llm_unlearn.objectives.representation import rerouting
 from llm_unlearn.reference import states_at
 from llm_unlearn.trainer import UnlearnTrainer
-from llm_unlearn.training_arguments import ActivationArguments
+from llm_unlearn.training_arguments import RampedArguments
 
 
 @dataclass
-class CircuitBreakersArguments(ActivationArguments):
+class CircuitBreakersArguments(RampedArguments):
     """Arguments of `circuit_breakers`; `--orth_coef C` alone adds orthogonality."""
-
-    forget_weight: float = flag(5.0, "Weight of the rerouting term.")
-    retain_weight: float = flag(5.0, "Weight of the retain term; 0 loads no retain set.")
-    forget_schedule: str = flag("1:0.75", "How the weight of the rerouting term goes: constant, or START:END.")
-    retain_schedule: str = flag("0:1", "How the weight of the retain term goes: constant, or START:END.")
 
     own_regularizers = ("orthogonality",)
 

@@ -14,23 +14,15 @@ from llm_unlearn.models import LOADED_WITH, checked_layers, model_fingerprint
 from llm_unlearn.objectives.entropy import max_entropy
 from llm_unlearn.probe import load_probes, probe_file, read_probe_config
 from llm_unlearn.trainer import UnlearnTrainer
-from llm_unlearn.training_arguments import ActivationArguments
+from llm_unlearn.training_arguments import RampedArguments
 
 
 @dataclass
-class ProbeUnlearnArguments(ActivationArguments):
+class ProbeUnlearnArguments(RampedArguments):
     """Arguments of `probe_unlearn`."""
 
     probe_dir: str | None = flag(
         None, "Folder of probes from utils/train_probe.py; without --layers all that are in it are used."
-    )
-    forget_weight: float = flag(5.0, "Weight of the forget term.")
-    retain_weight: float = flag(5.0, "Weight of the retain term; 0 loads no retain set.")
-    forget_schedule: str = flag(
-        "1:0.75", "How the weight of the forget term goes: constant, or START:END, factors of it as in 1:0.75."
-    )
-    retain_schedule: str = flag(
-        "0:1", "How the weight of the retain term goes: constant, or START:END, factors of it as in 0:1."
     )
 
     def __post_init__(self):

@@ -13,13 +13,13 @@ from llm_unlearn.objectives.entropy import random_target
 from llm_unlearn.objectives.labels import random_labels
 from llm_unlearn.objectives.likelihood import ascent
 from llm_unlearn.trainer import UnlearnTrainer
-from llm_unlearn.training_arguments import ActivationArguments
+from llm_unlearn.training_arguments import RampedArguments
 
 LOSSES = ("entropy", "random_target", "cross_entropy")
 
 
 @dataclass
-class TunedLensArguments(ActivationArguments):
+class TunedLensArguments(RampedArguments):
     """Arguments of `tuned_lens`."""
 
     lens_path: str | None = flag(
@@ -36,14 +36,6 @@ class TunedLensArguments(ActivationArguments):
     )
     allow_pickle_lens: bool = flag(
         False, "Read a published lens that is a pickle (params.pt): its tensors, and nothing else."
-    )
-    forget_weight: float = flag(5.0, "Weight of the forget term.")
-    retain_weight: float = flag(5.0, "Weight of the retain term; 0 loads no retain set.")
-    forget_schedule: str = flag(
-        "1:0.75", "How the weight of the forget term goes: constant, or START:END, factors of it as in 1:0.75."
-    )
-    retain_schedule: str = flag(
-        "0:1", "How the weight of the retain term goes: constant, or START:END, factors of it as in 0:1."
     )
 
     def __post_init__(self):
