@@ -95,8 +95,8 @@ def overview():
     lines += ["", "flags of single methods:"]
     lines += [_line(name, f"{text} [{', '.join(methods)}]") for (name, text), methods in own.items()]
     lines += [
-        _line("retain_loss", "nll, kl or none: what holds the retain set in place. [grad_diff, npo, simnpo]"),
-        _line("forget_weight, --retain_weight", "Weights of the two terms. [grad_diff, npo, simnpo, ascent_plus_*]"),
+        _line("retain_loss", "nll, kl or none: what holds the retain set in place. [methods with a retain term]"),
+        _line("forget_weight, --retain_weight", "Weights of the two terms. [methods with a retain term]"),
         "",
         "and every flag of transformers' TrainingArguments and of TRL's ModelConfig (--use_peft, --lora_r, ...).",
         "",

@@ -1,11 +1,31 @@
 """What the translations of published command lines share: the words that start a run, read and run them."""
 
+import argparse
 import itertools
 import math
 import subprocess
 import sys
 
 from llm_unlearn.errors import UserError
+
+
+class LauncherParser(argparse.ArgumentParser):
+    """A parser of whole option names, with errors of one sentence.
+
+    Args:
+        prog: the script's name.
+        start: how it is started, for the advice to ask it for --help.
+        **kwargs: passed on to argparse.
+    """
+
+    def __init__(self, prog, start, **kwargs):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, formatter_class=formatter, allow_abbrev=False, **kwargs)
+        self.start = start
+
+    def error(self, message):
+        """Raise a UserError instead of leaving the process."""
+        raise UserError(f"{message}; {self.start} --help lists the options")
 
 
 def start_words(environment):

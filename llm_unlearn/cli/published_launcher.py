@@ -9,14 +9,20 @@ so that its value is 0), and then two rows are put on a device where there would
 identity, because the published maps belong one layer below where they are applied; no evaluation follows.
 """
 
-import argparse
 import math
 import os
 import shlex
 import sys
 from dataclasses import dataclass, field
 
-from llm_unlearn.cli.launching import given_flags, num_processes, require_number, run_words, start_words
+from llm_unlearn.cli.launching import (
+    LauncherParser,
+    given_flags,
+    num_processes,
+    require_number,
+    run_words,
+    start_words,
+)
 from llm_unlearn.errors import UserError, run_cli, unknown_name
 
 MODEL = "EleutherAI/deep-ignorance-unfiltered"
@@ -231,17 +237,11 @@ def _check(options):
             raise UserError(f"--{name} must be at least 1, but is {getattr(options, name)}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; run_unlearn.sh --help lists the options")
-
-
 def _parser():
-    parser = _Parser(
-        prog="run_unlearn.sh",
+    parser = LauncherParser(
+        "run_unlearn.sh",
+        "run_unlearn.sh",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         epilog="MODEL, NPROC (processes, torchrun above 1) and OUTPUT_ROOT (output) are variables of the environment.",
     )
     add = parser.add_argument

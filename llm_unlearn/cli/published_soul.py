@@ -15,7 +15,6 @@ NPO of their sum with beta and weight divided by their number, where that is abo
 WMDP. The weight that `*_epoch` raises once an epoch rises steadily, with the same mean.
 """
 
-import argparse
 import math
 import os
 import re
@@ -23,7 +22,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from llm_unlearn.cli.launching import given_flags, num_processes, require_number, run_words, start_words
+from llm_unlearn.cli.launching import (
+    LauncherParser,
+    given_flags,
+    num_processes,
+    require_number,
+    run_words,
+    start_words,
+)
 from llm_unlearn.cli.published_soul_request import (
     EPOCHS,
     FORGET,
@@ -275,17 +281,11 @@ def _making(request, path, ratio):
     return flags
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; python utils/unlearn_model.py --help lists the options")
-
-
 def _parser():
-    parser = _Parser(
-        prog="utils/unlearn_model.py",
+    parser = LauncherParser(
+        "utils/unlearn_model.py",
+        "python utils/unlearn_model.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         epilog="NPROC (processes, torchrun above 1) is a variable of the environment. Losses: "
         f"{', '.join((*LOSSES, 'origin'))}. Forget sets: {', '.join(FORGET_SETS)}. Retain sets: "
         f"{', '.join(RETAIN_SETS)}.",
