@@ -97,6 +97,23 @@ def load_json(given):
         raise UserError(f"the configuration '{given}' is not valid JSON: {error}") from error
 
 
+def refuse_unread(args, choice, takes):
+    """Refuse flags that belong to another choice than the one that was made.
+
+    Args:
+        args: dataclass of flags; None where one was not given.
+        choice: the flag that chooses, which may be None too.
+        takes: {what can be chosen: the flags that it reads}.
+    Raises:
+        UserError: naming the flag, and what reads it.
+    """
+    read = takes.get(getattr(args, choice), ())
+    for flag in dict.fromkeys(flag for flags in takes.values() for flag in flags):
+        if flag not in read and getattr(args, flag) is not None:
+            readers = " or ".join(reader for reader, flags in takes.items() if flag in flags)
+            raise UserError(f"--{flag} has no effect without --{choice} {readers}")
+
+
 def make_parser(dataclass_types, script, unknown_flag):
     """Return TRL's parser over dataclasses, with errors of one sentence.
 

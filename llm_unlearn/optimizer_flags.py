@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from llm_unlearn.command_line import refuse_unread
 from llm_unlearn.errors import UserError, unknown_name
 
 OPTIMIZERS = ("sophia", "soul_legacy", "influence", "muon")
@@ -85,11 +86,7 @@ def _resolve(args):
     name = args.unlearn_optimizer
     if name is not None and name not in OPTIMIZERS:
         raise unknown_name("--unlearn_optimizer", name, OPTIMIZERS)
-    takes = TAKES.get(name, ())
-    for flag in dict.fromkeys(flag for flags in TAKES.values() for flag in flags):
-        if flag not in takes and getattr(args, flag) is not None:
-            readers = " or ".join(reader for reader, flags in TAKES.items() if flag in flags)
-            raise UserError(f"--{flag} has no effect without --unlearn_optimizer {readers}")
+    refuse_unread(args, "unlearn_optimizer", TAKES)
     if name is None:
         return
     _refuse_other_optimizers(args)

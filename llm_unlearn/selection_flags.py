@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from llm_unlearn.command_line import refuse_unread
 from llm_unlearn.data.selectors_text import patterns
 from llm_unlearn.errors import UserError, unknown_name
 
@@ -117,11 +118,7 @@ class SelectionFlags:
         kind = self.token_selection
         if kind is not None and kind not in TAKES:
             raise unknown_name("--token_selection", kind, TAKES)
-        taken = TAKES.get(kind, ())
-        for name in dict.fromkeys(name for names in TAKES.values() for name in names):
-            if name not in taken and getattr(self, name) is not None:
-                owners = " or ".join(other for other, names in TAKES.items() if name in names)
-                raise UserError(f"--{name} has no effect without --token_selection {owners}")
+        refuse_unread(self, "token_selection", TAKES)
         for names in _NEEDS.get(kind, ()):
             if not any(getattr(self, name) for name in names):
                 raise UserError(f"--token_selection {kind} needs {' or '.join(f'--{name}' for name in names)}")
