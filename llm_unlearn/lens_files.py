@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from llm_unlearn.decoder import causal_lm
 from llm_unlearn.errors import UserError
 from llm_unlearn.manifests import MANIFEST, STAGING, incompleteness, write_manifest
-from llm_unlearn.models import LOADED_WITH, model_fingerprint
+from llm_unlearn.models import loaded_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,8 @@ def base_model_identity(model, gathered=None, with_files=False):
     name, files = getattr(language_model.config, "_name_or_path", ""), None
     found = _weights_sha256(model, gathered or _whole)
     if name and (found is None or with_files):
-        how = getattr(language_model, LOADED_WITH, {})
         with contextlib.suppress(UserError):  # the folder is gone, or the name was never one
-            files = model_fingerprint(
-                name, **{key: how[key] for key in ("revision", "cache_dir", "token") if key in how}
-            )
+            files = loaded_fingerprint(language_model)
     return {"name": name, "weights_sha256": found, "files": files}
 
 

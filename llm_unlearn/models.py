@@ -80,6 +80,19 @@ def model_fingerprint(name, **kwargs):
     return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
 
+def loaded_fingerprint(model):
+    """Return the `model_fingerprint` of what a model was loaded from, or None for one that was made in memory.
+
+    Args:
+        model: PreTrainedModel.
+    Raises:
+        UserError: what it was loaded from is gone.
+    """
+    name, how = getattr(model.config, "_name_or_path", None), getattr(model, LOADED_WITH, {})
+    where = {key: how[key] for key in ("revision", "cache_dir", "token") if key in how}
+    return model_fingerprint(name, **where) if name else None
+
+
 def context_length(name, **kwargs):
     """Return how many tokens a model reads at most, or None where its config does not say.
 

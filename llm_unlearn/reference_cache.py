@@ -16,7 +16,7 @@ from llm_unlearn.data.plan import FILLER
 from llm_unlearn.data.streams import UnlearnDataset
 from llm_unlearn.errors import UserError
 from llm_unlearn.head import counted_positions
-from llm_unlearn.models import LOADED_WITH, model_fingerprint
+from llm_unlearn.models import loaded_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -183,9 +183,7 @@ def weights_fingerprint(trainer, with_adapters=False):
     """Return the sha256 of the weights and buffers before training; of the weights' files under ZeRO-3."""
     model = trainer.reader.language_model
     if trainer.zero_stage() == 3:
-        loaded_with = getattr(model, LOADED_WITH, {})
-        where = {key: loaded_with[key] for key in ("revision", "cache_dir", "token") if key in loaded_with}
-        return model_fingerprint(model.config._name_or_path, **where)
+        return loaded_fingerprint(model)
     found, skips_adapters = hashlib.sha256(), hasattr(trainer.model, "disable_adapter") and not with_adapters
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         if not (skips_adapters and "lora_" in name):

@@ -11,7 +11,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from llm_unlearn.addons import packed_bits
 from llm_unlearn.addons.mask_files import read_mask
 from llm_unlearn.errors import UserError
-from llm_unlearn.models import LOADED_WITH, model_fingerprint
+from llm_unlearn.models import loaded_fingerprint
 from llm_unlearn.optimizer_steps import OptimizerSteps, local
 from llm_unlearn.processes import is_first_process
 from llm_unlearn.reference import is_peft
@@ -167,9 +167,7 @@ class WeightMask(OptimizerSteps):
             if is_first_process():
                 logger.warning("nothing tells whether the mask '%s' was made for this model", self.file.path)
             return
-        loaded_with = getattr(model, LOADED_WITH, {})
-        options = {key: loaded_with[key] for key in ("revision", "cache_dir", "token") if key in loaded_with}
-        found = self.trainer.on_first_rank(lambda: model_fingerprint(where, **options))
+        found = self.trainer.on_first_rank(lambda: loaded_fingerprint(model))
         if found != wanted:
             raise UserError(
                 f"the mask '{self.file.path}' was made for other weights than those of '{where}', those of "

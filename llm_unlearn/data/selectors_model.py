@@ -20,7 +20,14 @@ from llm_unlearn.data.tokenize import IGNORED
 from llm_unlearn.errors import UserError
 from llm_unlearn.head import counted_positions, own_states
 from llm_unlearn.head_reading import HeadReader
-from llm_unlearn.models import LOADED_WITH, check_vocabulary, checked_layers, load_model, load_tokenizer
+from llm_unlearn.models import (
+    LOADED_WITH,
+    check_vocabulary,
+    checked_layers,
+    load_model,
+    load_tokenizer,
+    loaded_fingerprint,
+)
 from llm_unlearn.models import model_fingerprint as fingerprint_of
 from llm_unlearn.reference import LOGPS, Reading, Reference, frozen_as_policy, states_at
 from llm_unlearn.reference_cache import cache_key
@@ -127,7 +134,7 @@ def probe_scores(trainer, rows):
     """
     probe = LinearProbe.load(trainer.args.selection_probe)
     model = trainer.reader.language_model
-    probe.require_model(trainer.on_first_rank(lambda: _loaded_fingerprint(model)), _hidden_size(model))
+    probe.require_model(trainer.on_first_rank(lambda: loaded_fingerprint(model)), _hidden_size(model))
     (layer,) = checked_layers([probe.layer], trainer.depth)
     probe = probe.to(trainer.args.device)
 
@@ -263,13 +270,6 @@ def _load_beside(trainer, name):
 def _hub(trainer):
     loaded_with = getattr(trainer.reader.language_model, LOADED_WITH, {})
     return {key: loaded_with[key] for key in ("cache_dir", "token") if key in loaded_with}
-
-
-def _loaded_fingerprint(model):
-    """Return the fingerprint of what a model was loaded from, or None for one that was made in memory."""
-    loaded_with = getattr(model, LOADED_WITH, {})
-    where = {key: loaded_with[key] for key in ("revision", "cache_dir", "token") if key in loaded_with}
-    return fingerprint_of(model.config._name_or_path, **where) if model.config._name_or_path else None
 
 
 def _hidden_size(model):

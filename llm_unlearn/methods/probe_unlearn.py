@@ -10,7 +10,7 @@ from llm_unlearn.errors import UserError
 from llm_unlearn.head import counted_labels, counted_positions, counted_weights, scatter
 from llm_unlearn.lens import TunedLens, whole_copies
 from llm_unlearn.manifests import file_sha256
-from llm_unlearn.models import LOADED_WITH, checked_layers, model_fingerprint
+from llm_unlearn.models import checked_layers, loaded_fingerprint
 from llm_unlearn.objectives.entropy import max_entropy
 from llm_unlearn.probe import load_probes, probe_file, read_probe_config
 from llm_unlearn.trainer import UnlearnTrainer
@@ -101,6 +101,4 @@ class ProbeUnlearnTrainer(UnlearnTrainer):
 def _fingerprint(model):
     if not model.config._name_or_path:
         raise UserError("probes belong to a model by its files, but this one was not loaded from any")
-    how = getattr(model, LOADED_WITH, {})
-    where = {name: how[name] for name in ("revision", "cache_dir", "token") if name in how}
-    return model_fingerprint(model.config._name_or_path, **where)
+    return loaded_fingerprint(model)
