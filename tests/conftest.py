@@ -48,6 +48,25 @@ def start_weights(tiny_world):
 
 
 @pytest.fixture(scope="session")
+def sums(tmp_path_factory):
+    """Two files of ragged sums, 7 rows and 6."""
+    import json
+    import random
+
+    numbers, paths = random.Random(0), []
+    for name, count in (("sums", 7), ("more", 6)):
+        rows = []
+        for _ in range(count):
+            first, second = numbers.randrange(90), numbers.randrange(90)
+            answer = f"{first} plus {second} is {first + second}. " * numbers.randint(1, 4)
+            rows.append({"question": f"What is {first} plus {second}?", "answer": answer.strip()})
+        path = tmp_path_factory.mktemp("sums") / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture(scope="session")
 def story_tokenizer(shared_data):
     """Llama tokenizer of 512 pieces with byte fallback; it writes <s> first."""
     from transformers import PreTrainedTokenizerFast

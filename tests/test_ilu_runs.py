@@ -1,7 +1,6 @@
 """ILU through the real command line: on many methods, cut in many ways, resumed, sharded, and refused."""
 
 import json
-import random
 import shutil
 
 import backends
@@ -17,22 +16,6 @@ from llm_unlearn.cli.unlearn import main
 FIXED = ["--layer", "0", "--retain_weight", "1"]
 # Of parameter gradients the change between two nearby points is rounded too.
 TOLERANCE = {"logit_scale": 2e-5, "parameter_gradient": 2e-4}
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    """Two files of ragged sums, 7 rows and 6."""
-    numbers, paths = random.Random(0), []
-    for name, count in (("sums", 7), ("more", 6)):
-        rows = []
-        for _ in range(count):
-            first, second = numbers.randrange(90), numbers.randrange(90)
-            answer = f"{first} plus {second} is {first + second}. " * numbers.randint(1, 4)
-            rows.append({"question": f"What is {first} plus {second}?", "answer": answer.strip()})
-        path = tmp_path_factory.mktemp("sums") / f"{name}.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows)))
-        paths.append(str(path))
-    return paths
 
 
 def ilu(sums, *flags, weight=0.1):
