@@ -183,7 +183,10 @@ def weights_fingerprint(trainer, with_adapters=False):
     """Return the sha256 of the weights and buffers before training; of the weights' files under ZeRO-3."""
     model = trainer.reader.language_model
     if trainer.zero_stage() == 3:
-        return loaded_fingerprint(model)
+        found = loaded_fingerprint(model)
+        if found is None:
+            raise UserError("under ZeRO-3 the reference is known by the model's files, but it was loaded from none")
+        return found
     found, skips_adapters = hashlib.sha256(), hasattr(trainer.model, "disable_adapter") and not with_adapters
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         if not (skips_adapters and "lora_" in name):
