@@ -52,7 +52,7 @@ def parse_evaluation(argv):
     Raises:
         UserError: no model, a flag that does not apply, a bad value, flags that contradict each other.
     """
-    parsed = _parse(argv, EvalFlags, SCRIPT)
+    parsed = parse_scoring(argv, EvalFlags, SCRIPT)
     if parsed is not None:
         _check_evaluation(parsed.flags, parsed.data)
     return parsed
@@ -60,15 +60,23 @@ def parse_evaluation(argv):
 
 def parse_mia(argv):
     """Parse the command line of run_mia.py; see `parse_evaluation`."""
-    parsed = _parse(argv, MIAFlags, MIA_SCRIPT)
+    parsed = parse_scoring(argv, MIAFlags, MIA_SCRIPT)
     if parsed is not None and parsed.data.domain is None:
         raise UserError(f"--domain is missing; known: {', '.join(domain_names())}")
     return parsed
 
 
-def _parse(argv, flags_class, script):
+def parse_scoring(argv, flags_class, script, folds=None):
+    """Parse the command line of a script that scores a checkpoint; see `parse_evaluation`.
+
+    Args:
+        argv: list of words.
+        flags_class: dataclass of the script's own flags, a ScoringFlags.
+        script: its name.
+        folds: Folds of older names; None takes those of run_eval.py.
+    """
     given, notes = list(argv), []
-    folds = Folds(EVAL_RENAMED, EVAL_REFUSED, EVAL_ACCEPTED)
+    folds = folds or Folds(EVAL_RENAMED, EVAL_REFUSED, EVAL_ACCEPTED)
     argv, config = split_config(given)
     config = {name: value for key, value in config.items() for name, value in folds.pairs(key, value, notes)}
     argv = [folds.word(word, notes) for word in argv]

@@ -75,7 +75,7 @@ class Outcome:
 
 
 @torch.no_grad()
-def run_suite(model, tokenizer, domain, parts, missing, settings, reference=None):
+def run_suite(model, tokenizer, domain, parts, missing, settings, reference=None, questions=None):
     """Score a model on a benchmark; all processes call together and all get the outcome.
 
     Args:
@@ -86,23 +86,22 @@ def run_suite(model, tokenizer, domain, parts, missing, settings, reference=None
         missing: {set: why it is not there}.
         settings: SuiteSettings.
         reference: RetainReference or None.
+        questions: about the parts, where they were made before; None makes them.
     Returns:
         Outcome.
     """
+    if questions is None:
+        asked = (questions_of(part, tokenizer, settings.options, settings.max_new_tokens) for part in parts)
+        questions = [question for of_part in asked for question in of_part]
     was_training = model.training
     model.eval()
     try:
-        return _run(model, tokenizer, domain, parts, missing, settings, reference)
+        return _run(model, tokenizer, domain, parts, missing, settings, reference, questions)
     finally:
         model.train(was_training)
 
 
-def _run(model, tokenizer, domain, parts, missing, settings, reference):
-    questions = [
-        question
-        for part in parts
-        for question in questions_of(part, tokenizer, settings.options, settings.max_new_tokens)
-    ]
+def _run(model, tokenizer, domain, parts, missing, settings, reference, questions):
     pad, legacy = pad_id(tokenizer), settings.legacy
     bounds = (settings.folder, settings.max_tokens, settings.max_sequences, settings.lockstep)
     scorer = Scorer(model, pad, *bounds, hide_pads=legacy, progress=settings.progress)

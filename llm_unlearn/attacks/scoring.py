@@ -1,0 +1,73 @@
+"""Scores a model in memory on the sets of a domain, again and again while an attack changes it."""
+
+import dataclasses
+
+from llm_unlearn.errors import UserError
+from llm_unlearn.evaluation.benchmarks import load_parts
+from llm_unlearn.evaluation.questions import questions_of
+from llm_unlearn.evaluation.suite import SuiteSettings, run_suite
+
+
+class DomainScorer:
+    """The sets of `--domain`, tokenized once, as questions to any model with the same tokenizer.
+
+    Attributes:
+        parts: list of questions.Part; the sets with something to score.
+        missing: {set: why it is not there}.
+
+    Args:
+        parsed: ParsedEvaluation.
+        tokenizer: of the model.
+        context_length: tokens that the model reads at most, or None.
+        generates: whether prompts are continued, which takes most of an evaluation's time.
+        max_rows: of each set; None takes --max_eval_samples.
+    Raises:
+        UserError: see `load_parts`; nothing that can be scored.
+    """
+
+    def __init__(self, parsed, tokenizer, context_length, generates=False, max_rows=None):
+        flags = parsed.flags
+        data = dataclasses.replace(parsed.data, max_eval_samples=max_rows or parsed.data.max_eval_samples)
+        loaded, self.missing = load_parts(data)
+        self.domain, self.tokenizer = data.domain, tokenizer
+        self.settings = SuiteSettings(
+            options=flags.tokenize_options(context_length),
+            max_tokens=flags.max_tokens_per_batch,
+            max_sequences=flags.per_device_eval_batch_size,
+            seed=flags.seed,
+        )
+        self.parts, self.questions = [], []
+        for part in loaded:
+            self.add(dataclasses.replace(part, generates=part.generates and generates))
+        if not self.parts:
+            raise UserError(f"--domain {data.domain} has nothing that can be scored without generating")
+
+    def add(self, part):
+        """Ask about one more set, unless nothing but continuations could be asked.
+
+        Args:
+            part: questions.Part.
+        """
+        asked = questions_of(part, self.tokenizer, self.settings.options)
+        if not part.generates:
+            for question in asked:
+                question.prompts.clear()
+        asked = [question for question in asked if question.sequences or question.prompts]
+        if asked:
+            self.parts.append(part)
+            self.questions.extend(asked)
+
+    def __call__(self, model, folder=None):
+        """Score a model; all processes call together and all get the outcome.
+
+        Args:
+            model: unwrapped, on its device.
+            folder: of the results by example (`cli.scoring.statistics_folder`), for weights that lie in a checkpoint;
+                None for weights that are changing.
+        Returns:
+            suite.Outcome.
+        """
+        settings = dataclasses.replace(self.settings, folder=folder)
+        return run_suite(
+            model, self.tokenizer, self.domain, self.parts, self.missing, settings, questions=self.questions
+        )
