@@ -7,6 +7,8 @@ from llm_unlearn.evaluation.benchmarks import load_parts
 from llm_unlearn.evaluation.questions import questions_of
 from llm_unlearn.evaluation.suite import SuiteSettings, run_suite
 
+KNOWLEDGE = ("answer", "chunks", "letters")
+
 
 class DomainScorer:
     """The sets of `--domain`, tokenized once, as questions to any model with the same tokenizer.
@@ -21,11 +23,13 @@ class DomainScorer:
         context_length: tokens that the model reads at most, or None.
         generates: whether prompts are continued, which takes most of an evaluation's time.
         max_rows: of each set; None takes --max_eval_samples.
+        wanted: which sequences of a row are scored, of "answer", "paraphrase", "wrong", "chunks", "letters" and "cloze";
+            None takes all, `KNOWLEDGE` what the attacked knowledge is measured by while weights change.
     Raises:
         UserError: see `load_parts`; nothing that can be scored.
     """
 
-    def __init__(self, parsed, tokenizer, context_length, generates=False, max_rows=None):
+    def __init__(self, parsed, tokenizer, context_length, generates=False, max_rows=None, wanted=None):
         flags = parsed.flags
         data = dataclasses.replace(parsed.data, max_eval_samples=max_rows or parsed.data.max_eval_samples)
         loaded, self.missing = load_parts(data)
@@ -35,8 +39,9 @@ class DomainScorer:
             max_tokens=flags.max_tokens_per_batch,
             max_sequences=flags.per_device_eval_batch_size,
             seed=flags.seed,
+            aggregates=False,
         )
-        self.parts, self.questions = [], []
+        self.parts, self.questions, self.wanted = [], [], wanted
         for part in loaded:
             self.add(dataclasses.replace(part, generates=part.generates and generates))
         if not self.parts:
@@ -52,6 +57,9 @@ class DomainScorer:
         if not part.generates:
             for question in asked:
                 question.prompts.clear()
+        if self.wanted is not None:
+            for question in asked:
+                question.sequences = {name: found for name, found in question.sequences.items() if name in self.wanted}
         asked = [question for question in asked if question.sequences or question.prompts]
         if asked:
             self.parts.append(part)

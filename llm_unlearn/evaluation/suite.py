@@ -39,6 +39,8 @@ class SuiteSettings:
         toxicity_model: classifier, or None.
         embedding_model: encoder, or None.
         progress: whether progress bars are shown.
+        aggregates: whether what spans several sets is computed, as model utility and the AUCs, which takes a bootstrap
+            each.
     """
 
     options: TokenizeOptions
@@ -53,6 +55,7 @@ class SuiteSettings:
     toxicity_model: str | None = None
     embedding_model: str | None = None
     progress: bool = False
+    aggregates: bool = True
 
 
 @dataclass
@@ -187,8 +190,10 @@ def _metrics(domain, parts, rows_of_parts, missing, notes, settings, reference):
     for part, rows in zip(parts, rows_of_parts, strict=True):
         found |= part_metrics(part, rows, settings.seed)
         examples.setdefault(part.name, []).extend(rows)
-    aggregates, aucs = aggregate(domain, examples, missing, reference, settings.legacy, settings.seed)
-    found |= aggregates
+    aucs = {}
+    if settings.aggregates:
+        aggregates, aucs = aggregate(domain, examples, missing, reference, settings.legacy, settings.seed)
+        found |= aggregates
     found |= {name: absent(reason, LOWER if "toxic" in name else NONE) for name, reason in notes.items()}
     found |= {f"{name}/probability": absent(reason) for name, reason in missing.items()}
     is_reference = "forget" in examples or "forget_text" in examples
