@@ -58,7 +58,8 @@ def check_models(parsed):
     from llm_unlearn.evaluation.results import check_writable
 
     flags, folders = parsed.flags, parsed.flags.statistics_dir
-    for name in (parsed.model.model_name_or_path, flags.reference_model):
+    others = (getattr(flags, name, None) for name in ("reference_model", "target_model", "gold"))
+    for name in (parsed.model.model_name_or_path, *others):
         if name:
             check_name(name)
     if folders:
@@ -69,13 +70,12 @@ def check_models(parsed):
             raise UserError(f"--{flag} '{judge}' is not a folder")
 
 
-def load_model_of(parsed, name, device):
-    """Return the Checkpoint of a name, loaded as the flags say."""
+def load_model_of(parsed, name, device, quantization=None):
+    """Return the Checkpoint of a name, loaded as the flags say, or quantized as transformers' configuration says."""
     from llm_unlearn.evaluation.loading import load_checkpoint
 
     model = parsed.model
-    quantization = None
-    if model.load_in_4bit or model.load_in_8bit:
+    if quantization is None and (model.load_in_4bit or model.load_in_8bit):
         from trl import get_quantization_config
 
         try:
