@@ -109,6 +109,16 @@ LONG = {
     "test_memory.py::test_printed_tables_of_the_page": ("[0]",),
     "test_distributed.py::test_the_full_suite_during_training_scores_sharded_models_alike": ("zero3", "fsdp"),
     "test_memory_measured.py": (),
+    "test_harness.py::test_zero_shot_is_the_list_of_soul": (),
+    "test_harness.py::test_two_processes_equal_one": (),
+    "test_harness_tasks.py::test_our_arithmetic_equals_lm_eval_on_mmlu": (),
+    "test_training_benchmarks.py::test_training_pads_little_on_tofu": (),
+    "test_training_benchmarks.py::test_flops_of_a_run_are_those_of_its_computed_steps": (),
+    "test_training_benchmarks.py::test_steps_cost_what_the_table_of_the_specification_says": (),
+    "test_elements_stack.py": (),
+    "test_run_eval_two_processes.py::test_a_killed_evaluation_goes_on_where_it_stopped": (),
+    "test_sequential.py::test_an_interrupted_sequence_goes_on": (),
+    "test_distributed.py::test_torchrun_does_what_forked_ranks_do": (),
 }
 """{test, or file: the cases of it that `make test` runs}: what takes longest, and that smaller cases tell too."""
 
