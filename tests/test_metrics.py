@@ -305,3 +305,12 @@ class TestBootstrap:
     def test_says_nothing_about_a_single_example(self):
         assert metrics.bootstrap_stderr([[1.0]]) is None
         assert metrics.bootstrap_stderr([[1.0, 2.0], [1.0]], lambda a, b: 0.0) is None
+
+
+@pytest.mark.parametrize("count", [2, 3, 160])
+def test_the_bootstrap_of_sums_draws_what_the_general_one_draws(count):
+    rows = np.random.default_rng(5).uniform(1, 30, size=(count, 2))
+    general = metrics.bootstrap_stderr([rows], lambda s: metrics.perplexity(s[:, 0], s[:, 1]), seed=3)
+    at_once = metrics.bootstrap_stderr_of_sums(rows, lambda sums: np.exp(sums[:, 0] / sums[:, 1]), seed=3)
+    assert at_once == pytest.approx(general, rel=1e-12)
+    assert metrics.bootstrap_stderr_of_sums(rows[:1], lambda sums: sums[:, 0]) is None

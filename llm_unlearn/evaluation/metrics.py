@@ -286,3 +286,21 @@ def bootstrap_stderr(samples, statistic=None, num_resamples=1000, seed=0):
         rows = [sample[generator.integers(len(sample), size=len(sample))] for sample in samples]
         values.append(statistic(*rows))
     return float(np.std(values, ddof=1))
+
+
+def bootstrap_stderr_of_sums(sample, statistic, num_resamples=1000, seed=0):
+    """Return `bootstrap_stderr` of a statistic that depends on column sums alone, all resamples at once.
+
+    Args:
+        sample: (N, k).
+        statistic: function of (R, k) sums, of R resamples, to (R,) values.
+        num_resamples, seed: see `bootstrap_stderr`; the same rows are drawn.
+    """
+    sample = np.asarray(sample, dtype=np.float64)
+    if len(sample) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    step = max(1, 1_000_000 // len(sample))
+    sizes = [min(step, num_resamples - start) for start in range(0, num_resamples, step)]
+    sums = [sample[generator.integers(len(sample), size=(size, len(sample)))].sum(1) for size in sizes]
+    return float(np.std(statistic(np.concatenate(sums)), ddof=1))

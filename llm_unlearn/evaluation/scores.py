@@ -128,10 +128,11 @@ def _perplexity(part, examples, seed):
     if not math.isfinite(value):
         return {"perplexity": absent("the perplexity overflows", direction)}
 
-    def of(sample):
-        return metrics.perplexity(sample[:, 0], sample[:, 1])
+    def of(sums):
+        with np.errstate(over="ignore"):
+            return np.exp(sums[:, 0] / sums[:, 1])
 
-    stderr = metrics.bootstrap_stderr([rows], of, seed=seed)
+    stderr = metrics.bootstrap_stderr_of_sums(rows, of, seed=seed)
     stderr = stderr if stderr is not None and math.isfinite(stderr) else None
     return {"perplexity": Metric(value, stderr, len(rows), direction)}
 
