@@ -27,9 +27,9 @@ from llm_unlearn.parsing import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "recipes/launch"
-# The published launcher takes options of its own: test_published_launcher.py.
+# Two start something else than run_unlearn.py alone: test_published_launcher.py, test_tamper_launch.py.
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
-SCRIPTS.remove("run_unlearn.sh")
+SCRIPTS = [name for name in SCRIPTS if name not in ("run_unlearn.sh", "tamper.sbatch")]
 PAGES = [(ROOT / page).read_text(encoding="utf-8") for page in ("docs/distributed.md", "ds_configs/README.md")]
 # What a script would start, written down instead: a file named like the program, a word on each line.
 RECORD = """#!/usr/bin/env bash

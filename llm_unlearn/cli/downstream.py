@@ -57,10 +57,11 @@ def main(argv=None):
     Returns:
         int exit code: 0 done, 2 the user's mistake.
     """
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_cli(lambda: run(sys.argv[1:] if argv is None else list(argv)))
 
 
-def _main(argv):
+def run(argv):
+    """Do what `main` does, errors raised; see there."""
     parsed = parse_attack(argv, DownstreamFlags, SCRIPT)
     if parsed is None:
         return

@@ -71,14 +71,14 @@ def load_source(spec, max_rows=None, hub=None, seed=0, reshape=None):
     Raises:
         UserError: unreadable spec, file or split.
     """
-    parts = _mixture(spec)
+    parts = mixture_parts(spec)
     if parts is None:
         return _load_one(spec, max_rows, hub, reshape)
     loaded = [(_load_one(name, max_rows, hub, reshape), share) for name, share in parts]
     size = min(int(len(source.rows) / share + 1e-9) for source, share in loaded)
     size = min(size, max_rows) if max_rows else size
     rows, origins = [], []
-    for (source, share), count in zip(loaded, _counts([share for _, share in loaded], size), strict=True):
+    for (source, share), count in zip(loaded, share_counts([share for _, share in loaded], size), strict=True):
         if count == 0:
             name = source.origins[0]["source"]
             raise UserError(f"the mixture '{spec}' has no rows of '{name}': a source is smaller than its share allows")
@@ -89,8 +89,15 @@ def load_source(spec, max_rows=None, hub=None, seed=0, reshape=None):
     return Source(rows, origins)
 
 
-def _counts(shares, size):
-    """Split `size` rows by shares: whole parts first, then one more to each largest remainder."""
+def share_counts(shares, size):
+    """Split `size` rows by shares: whole parts first, then one more to each largest remainder.
+
+    Args:
+        shares: list of float that add up to 1.
+        size: int.
+    Returns:
+        list of int that add up to size.
+    """
     counts = [int(size * share + 1e-9) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda n: counts[n] - size * shares[n])
     for n in by_remainder[: size - sum(counts)]:
@@ -98,7 +105,12 @@ def _counts(shares, size):
     return counts
 
 
-def _mixture(spec):
+def mixture_parts(spec):
+    """Return [(source, share)] of a mixture `A=0.75,B=0.25`, or None for anything else.
+
+    Raises:
+        UserError: shares that are none, or a source twice.
+    """
     if os.path.exists(spec) or "," not in spec:
         return None
     parts = [_SHARE.match(part.strip()) for part in spec.split(",")]

@@ -100,7 +100,11 @@ def _parser(flags_class, script, unknown):
         raise UserError(f"{script} needs the package trl, which cannot be imported: {error}") from error
 
     dtype = flag("auto", "Precision of the weights: auto (the checkpoint's), float32, bfloat16, float16, float64.")
-    model_class = make_dataclass("ModelArguments", [("dtype", str, dtype)], bases=(TokenizerFlags, ModelConfig))
+    # A script that trains says itself what --lora_r is; the parser passes over a field that no value is given to.
+    own = {own.name for own in fields(flags_class)}
+    hidden = [(f.name, f.type, field(default=f.default, init=False)) for f in fields(ModelConfig) if f.name in own]
+    bases = (TokenizerFlags, ModelConfig)
+    model_class = make_dataclass("ModelArguments", [("dtype", str, dtype), *hidden], bases=bases)
     return make_parser([flags_class, DataFlags, model_class], script, unknown)
 
 
