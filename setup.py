@@ -29,9 +29,18 @@ setup(
     },
     install_requires=REQUIREMENTS,
     extras_require={
-        "dev": ["lm_eval>=0.4.13", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6", "ruff>=0.6", "pre-commit>=3"],
+        "dev": [
+            "lm_eval>=0.4.13",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6",
+            "ruff>=0.6",
+            "pre-commit>=3",
+            "bitsandbytes>=0.45",
+            "playwright>=1.50",
+        ],
         "lm_eval": ["lm_eval>=0.4.13"],
-        "quantization": ["bitsandbytes>=0.45"],
+        "quantization": ["bitsandbytes>=0.45", "torchao>=0.18"],
         "liger": ["liger-kernel>=0.5"],
     },
 )

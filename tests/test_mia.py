@@ -11,7 +11,8 @@ from sklearn.metrics import roc_auc_score
 
 from llm_unlearn.cli.mia import main
 from llm_unlearn.data.rows import read_rows
-from llm_unlearn.evaluation.membership import attack_scores, separation, verdict
+from llm_unlearn.evaluation.membership import attack_scores, roc_of, separation, verdict
+from llm_unlearn.evaluation.mia_results import MAX_ROC_POINTS, thinned_roc
 from llm_unlearn.evaluation.statistics import SequenceStatistics
 
 
@@ -29,6 +30,26 @@ def test_separation_of_two_normal_distributions():
     assert found.values["tpr_at_5pct_fpr"] == pytest.approx(0.237, abs=5e-4)
     swapped = separation(others, members)
     assert swapped.values["auc"] == pytest.approx(0.249, abs=5e-4), "signed, never folded"
+
+
+def test_a_short_roc_curve_is_kept_whole():
+    """Members score 3 and 1, others 2 and 0: up, right, up, right."""
+    kept = thinned_roc(*roc_of(np.array([3.0, 1.0]), np.array([2.0, 0.0])))
+    assert kept == {"fpr": [0, 0, 0.5, 0.5, 1], "tpr": [0, 0.5, 0.5, 1, 1]}
+
+
+def test_a_long_roc_curve_is_thinned_to_points_of_its_own():
+    members, others = two_normals()
+    rates, found = roc_of(members, others)
+    kept = thinned_roc(rates, found)
+    assert len(rates) == 2001 and 150 < len(kept["fpr"]) == len(kept["tpr"]) <= MAX_ROC_POINTS
+    points = list(zip(kept["fpr"], kept["tpr"], strict=True))
+    assert set(points) <= set(zip(rates.tolist(), found.tolist(), strict=True))
+    assert points[0] == (0, 0) and points[-1] == (1, 1) and points == sorted(points)
+    # The rate that the table reports can be read off: fewer than 50 of the 1000 others are accused.
+    assert dict(points)[0.049] == pytest.approx(separation(members, others).values["tpr_at_5pct_fpr"])
+    area = np.trapezoid(kept["tpr"], kept["fpr"])
+    assert area == pytest.approx(separation(members, others).values["auc"], abs=5e-3)
 
 
 def test_the_area_is_scikit_learns_with_ties_too():
@@ -97,6 +118,8 @@ def test_the_tuned_model_gives_its_members_away(shared_data, small, tmp_path, ca
     shown = attack(capsys, *words)
     found, record = values(tmp_path / "tuned")
     assert found["loss/auc"] > 0.99 and found["reference/auc"] > 0.99
+    curve = record["roc"]["loss"]
+    assert np.trapezoid(curve["tpr"], curve["fpr"]) == pytest.approx(found["loss/auc"])
     assert "loss: memorized" in shown and "the sets differ before any training" in shown
     distinct = record["counters"]["sequences_scored"]
     assert distinct == 2 * record["counters"]["reference_sequences_scored"] == 200, "the lowercase copy costs one more"

@@ -136,7 +136,7 @@ class TestText:
         found = values_of({"chunks": [seen([-1.0] * 5)]}, row, "text", generations=texts, expected=expected)
         assert found["rouge_l_recall_100"] == pytest.approx(1 / 2) and 0 < found["bleu_100"] < 0.6
         assert found["secrets_found"] == [True, False] and found["secret_extraction"] == 0.5
-        assert set(found["generations"]) == set(texts)
+        assert set(found["generations"]) == set(texts) and found["expected"] == expected
 
 
 class TestGeneration:
@@ -146,6 +146,7 @@ class TestGeneration:
         found = values_of({}, generations=texts, expected={"generation": ROW["answer"]})
         assert found["rouge_l_recall"] == pytest.approx(2 / 3) and found["rouge_l_f1"] == pytest.approx(4 / 7)
         assert found["generation"] == "Nobody ever knows that" and found["collapsed"] is True
+        assert (found["question"], found["true_answer"]) == (ROW["question"], ROW["answer"])
         assert (found["empty_share"], found["gibberish_share"]) == (0, 0)
 
     def test_nothing_was_written(self):

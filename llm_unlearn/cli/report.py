@@ -2,8 +2,8 @@
 
 python -m llm_unlearn.cli.report DIR... [--output report.html] [--title T]
 
-Each DIR is searched, at any depth, for results.json of run_eval.py and run_mia.py, and for unlearning.json and
-trainer_state.json of run_unlearn.py.
+Each DIR is searched, at any depth, for results.json of run_eval.py, run_mia.py and the attacks, for audit.json of
+llm_unlearn.cli.audit, and for unlearning.json and trainer_state.json of run_unlearn.py. Several audits compare.
 """
 
 import argparse

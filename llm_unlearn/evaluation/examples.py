@@ -11,7 +11,7 @@ from llm_unlearn.evaluation.choices import (
     correct_probability,
     letter_predictions,
 )
-from llm_unlearn.evaluation.questions import answer_text, secrets_of
+from llm_unlearn.evaluation.questions import answer_text, question_text, secrets_of
 from llm_unlearn.evaluation.statistics import SequenceStatistics
 from llm_unlearn.evaluation.text import bleu, extracted, is_gibberish, rouge
 
@@ -138,12 +138,14 @@ def _add_generation(values, question, name, generation):
     if name.startswith("continuation_"):
         length = name.removeprefix("continuation_")
         values.setdefault("generations", {})[name] = text
+        values.setdefault("expected", {})[name] = expected
         values[f"bleu_{length}"] = bleu(text, expected)
         values[f"rouge_l_recall_{length}"] = rouge(text, expected)["rouge_l_recall"]
         values[f"rouge_l_f1_{length}"] = rouge(text, expected)["rouge_l_f1"]
     else:
         values["generation"] = text
-        values |= rouge(text, expected) if expected is not None else {}
+        if expected is not None:
+            values |= {"question": question_text(row), "true_answer": expected, **rouge(text, expected)}
         if secrets_of(row):
             _add_secret(values, [extracted(text, secret, kind) for secret, kind in secrets_of(row)])
     values.setdefault("gibberish_share", float(is_gibberish(text)))

@@ -17,6 +17,7 @@ from llm_unlearn.records import command_line, package_versions, peak_memory
 
 NAMES = {"tpr_at_1pct_fpr": "TPR@1%FPR", "tpr_at_5pct_fpr": "TPR@5%FPR"}
 DRAWN = ("loss", "zlib", "lowercase", "reference", "min_k_20", "min_k_pp_20", "grad_norm", "length")
+MAX_ROC_POINTS = 200
 _LENGTH_MATTERS = 0.1
 
 
@@ -82,6 +83,7 @@ def mia_record(parsed, checkpoint, groups, units, scores, counters, reference, s
     )  # fmt: skip
     record["splits"] = groups.splits
     record["intervals"] = {attack: entry["interval"] for attack, entry in aucs.items()}
+    record["roc"] = {attack: thinned_roc(*curve) for attack, curve in curves.items()}
     record["notes"] = list(groups.notes)
     record["verdicts"] = verdicts(aucs, reference, groups)
     return finite(record), curves
@@ -197,6 +199,30 @@ def acl2024_text(record):
 
 def _shown(value):
     return "-" if value is None else f"{value:.4f}"
+
+
+def thinned_roc(false_positives, true_positives):
+    """Return a ROC curve in at most `MAX_ROC_POINTS` of its own points, dense where logarithmic axes show it.
+
+    A longer curve keeps its ends, the points that `membership.roc_summary` reads its rates from, and at each
+    false-positive rate of two grids, one of equal steps and one of equal ratios, the last point there or before.
+
+    Args:
+        false_positives: (G,) rates, ascending from 0 to 1.
+        true_positives: (G,) rates.
+    Returns:
+        {"fpr": list, "tpr": list}.
+    """
+    kept = np.arange(len(false_positives))
+    if len(kept) > MAX_ROC_POINTS:
+        smallest = false_positives[false_positives > 0].min()
+        half = (MAX_ROC_POINTS - 1 - len(FALSE_POSITIVE_RATES)) // 2
+        grid = np.concatenate([np.linspace(0, 1, half), np.geomspace(smallest, 1, half)])
+        # The tolerance keeps a rate that is rounded from missing the curve's own.
+        last = np.searchsorted(false_positives, grid + 1e-12, side="right") - 1
+        reported = np.searchsorted(false_positives, np.array(list(FALSE_POSITIVE_RATES.values())) - 1e-12) - 1
+        kept = np.unique(np.concatenate([[0], last, reported]))
+    return {"fpr": false_positives[kept].tolist(), "tpr": true_positives[kept].tolist()}
 
 
 def plot_roc(path, curves, record):

@@ -220,6 +220,13 @@ def answer_text(row):
     return row["completion"] if form_of(row) == "prompt" else row["answer"]
 
 
+def question_text(row):
+    """Return what a row of question, prompt or messages asks: of messages, the last turn of the user."""
+    if form_of(row) == "messages":
+        return next((turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user"), "")
+    return row["prompt"] if form_of(row) == "prompt" else row["question"]
+
+
 def secrets_of(row):
     """Return [(secret, its type or None)] of a row's `secret` and `secret_type` columns, each one or a list."""
     secrets, kinds = row.get("secret") or [], row.get("secret_type")

@@ -3,11 +3,13 @@
 Numbers do not compare that were scored on other rows, under other fingerprints, or by other metric definitions.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from llm_unlearn.report.results import KINDS
+from llm_unlearn.report.results import KINDS, SCORES
+from llm_unlearn.report.runs import attack_settings
 
 # First words of the fingerprints that tell the scored model itself; they differ from run to run by design.
 _OF_THE_MODEL = ("model", "weights", "base", "checkpoint", "adapter")
@@ -30,12 +32,24 @@ class Comparison:
     runs: list
 
     @cached_property
+    def kinds(self):
+        """Labels of the results that any run has ("eval", "mia", "tamper", ...), scores before attacks."""
+        found = [result for run in self.runs for result in run.results if result.domain == self.domain]
+        there = {result.label: result.kind for result in found}
+        return sorted(there, key=lambda label: KINDS.index(there[label]))
+
+    @property
+    def attacks(self):
+        """Labels of the attacks that any run has; membership inference counts as a score."""
+        return [label for label in self.kinds if label not in SCORES]
+
+    @cached_property
     def mismatches(self):
-        """{kind: list of Mismatch}."""
-        return {kind: find_mismatches(self.runs, self.domain, kind) for kind in KINDS}
+        """{label: list of Mismatch}."""
+        return {kind: find_mismatches(self.runs, self.domain, kind) for kind in self.kinds}
 
     def scored(self, kind):
-        """Return the runs that have results of a kind."""
+        """Return the runs that have results of a label; the methods below take the same labels."""
         return [run for run in self.runs if run.result(self.domain, kind)]
 
     def names(self, kind):
@@ -63,7 +77,7 @@ class Comparison:
         Other rows in a split touch the metrics of that split, and those of no single split (aggregates, attacks); other
         definitions or fingerprints touch all.
         """
-        touched = {mismatch.split for mismatch in self.mismatches[kind]}
+        touched = {mismatch.split for mismatch in self.mismatches.get(kind, ())}
         split = name.rpartition("/")[0]
         is_of_one_split = any(split in run.result(self.domain, kind).splits for run in self.scored(kind))
         return not touched & {None, split} if is_of_one_split else not touched
@@ -75,13 +89,14 @@ def find_mismatches(runs, domain, kind):
     Args:
         runs: Runs.
         domain: domain of the results.
-        kind: "eval" or "mia".
+        kind: label of the results, as "eval" or "tamper".
     Returns:
-        list of Mismatch, definitions first, then splits, then fingerprints; empty where all agree.
+        list of Mismatch: definitions, settings of the attack, splits, fingerprints; empty where all agree.
     """
     scored = [(run, run.result(domain, kind)) for run in runs]
     scored = [(run, result) for run, result in scored if result is not None]
     found = [_mismatch("metric definitions", [(run, _definitions(result)) for run, result in scored])]
+    found.append(_mismatch("settings of the attack", [(run, _settings(result)) for run, result in scored]))
     for name in _names(result.splits for _, result in scored):
         sides = [(run, _rows(result.splits[name])) for run, result in scored if name in result.splits]
         found.append(_mismatch(f"split '{name}'", sides, name))
@@ -110,6 +125,18 @@ def _definitions(result):
     version = result.definitions.get("version")
     words = "no version recorded" if version is None else f"version {version}"
     return f"{words}, legacy" if result.definitions.get("legacy") else words
+
+
+def _settings(result):
+    """Return how a model was attacked, as text; the names of the settings where runs share them."""
+    curves = [f"{name}: {flat}" if (flat := _flat(settings)) else name for name, settings in attack_settings(result)]
+    return "; ".join(curves) or "not recorded"
+
+
+def _flat(settings):
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()
+    )
 
 
 def _rows(split):

@@ -1,9 +1,11 @@
 """What scoring and training cost, run by run, and in which settings the runs differ."""
 
+import functools
 import json
 
-from llm_unlearn.report import formatting
-from llm_unlearn.report.tables import Cell, Group, Row, Table, is_number
+from llm_unlearn.report import formatting, glossary
+from llm_unlearn.report.results import ATTACKS, SCORES
+from llm_unlearn.report.tables import NOT_ATTACKED, Cell, Group, Row, Table, is_number
 
 _SCORING = (
     ("model_calls", "model calls", formatting.count),
@@ -12,6 +14,13 @@ _SCORING = (
     ("forwards_per_token", "forwards per distinct token", lambda value: f"{value:.2f}"),
     ("decode_steps", "decode steps", formatting.count),
     ("wall_seconds", "wall time", formatting.seconds),
+    ("peak_memory_bytes", "peak memory", formatting.size),
+)
+_ATTACK = (
+    ("wall_seconds", "wall time", formatting.seconds),
+    ("tokens", "tokens trained on", formatting.count),
+    ("token_forwards", "token forwards", formatting.count),
+    ("sampled_decode_row_steps", "tokens sampled", formatting.count),
     ("peak_memory_bytes", "peak memory", formatting.size),
 )
 _TRAINING = (
@@ -29,15 +38,20 @@ NOT_ITS_FLAG = "not a flag of this run's method"
 
 
 def cost_table(runs):
-    """Build the table of costs: scoring over all results of a run together, and its training.
+    """Build the table of costs: scoring over all scores of a run together, its training, and each attack on it.
 
     Args:
         runs: Runs.
     Returns:
-        Table with the groups "scoring" and "training"; a row without a number is left out. None without rows.
+        Table with the groups "scoring", "training" and one an attack; a row without a number is left out. None without
+        rows.
     """
     table = Table("cost", "Cost", runs)
-    for title, measures, look_up in (("scoring", _SCORING, _scored), ("training", _TRAINING, _trained)):
+    groups = [("scoring", _SCORING, _scored), ("training", _TRAINING, _trained)]
+    attacks = {result.label: result.kind for run in runs for result in run.results if result.kind in ATTACKS}
+    for label in sorted(attacks, key=lambda label: ATTACKS.index(attacks[label])):
+        groups.append((glossary.attack_title(label), _ATTACK, functools.partial(_attacked, label)))
+    for title, measures, look_up in groups:
         rows = []
         for key, label, write in measures:
             values = [look_up(run, key) for run in runs]
@@ -55,18 +69,40 @@ def _cell(table, write, value, reason):
 
 
 def _scored(run, key):
-    """Return (sum over the results of a run, None), or (None, reason); of memory the largest."""
+    """Return (sum over the scores of a run, None), or (None, reason); of memory the largest."""
     if not run.results:
         return None, "no results.json was found"
+    return _summed(run, [result for result in run.results if result.kind in SCORES], key, "this run was not scored")
+
+
+def _attacked(label, run, key):
+    """Return the same of the attacks of one label."""
+    return _summed(run, [result for result in run.results if result.label == label], key, NOT_ATTACKED)
+
+
+def _summed(run, results, key, absent):
+    if not results:
+        return None, absent
     if key == "forwards_per_token":
         forwards, distinct = (_scored(run, name)[0] for name in ("token_forwards", "distinct_tokens"))
         return (
             (forwards / distinct, None) if forwards and distinct else (None, "not counted by the command that scored")
         )
-    values = [result.counters.get(key) for result in run.results]
+    values = [_counter(result, key) for result in results]
     if not all(isinstance(value, (int, float)) and is_number(value) for value in values):
         return None, "not counted by the command that scored"
     return (max if key == "peak_memory_bytes" else sum)(values), None
+
+
+def _counter(result, key):
+    """Return a counter of a result; attacks count seconds, and the tokens of each quantized copy, by other names."""
+    counters = result.counters
+    if result.kind in SCORES or key not in ("token_forwards", "wall_seconds"):
+        return counters.get(key)
+    if key == "wall_seconds":
+        return counters.get(key, counters.get("seconds"))
+    found = [value for name, value in counters.items() if name == key or name.endswith(f"_{key}")]
+    return sum(value for value in found if isinstance(value, (int, float))) if found else None
 
 
 def _trained(run, key):

@@ -15,6 +15,32 @@ LABELS = {
     "auc": "AUC",
     "tpr_at_1pct_fpr": "TPR at 1% FPR",
     "tpr_at_5pct_fpr": "TPR at 5% FPR",
+    "recovered": "recovered share",
+    "recovery_area": "mean recovered share",
+    "best": "most reached",
+    "area": "mean over the attack",
+    "greedy_leak": "leak of the likeliest answer",
+    "steps_to_half": "steps to recover half",
+    "change": "change",
+    "forget_area": "area over the layers",
+    "uds": "UDS",
+    "lens": "logit lens",
+    "probe": "linear probe",
+    "int8": "8 bit, int8",
+    "int4": "4 bit, int4",
+    "nf4": "4 bit, nf4",
+    "fp4": "4 bit, fp4",
+    "cosine": "cosine of task vectors",
+}
+# What an attack is called, and what it does, by the kind of its results.
+ATTACKS = {
+    "relearn": ("Relearning", "The model is fine-tuned on rows it was to forget."),
+    "tamper": ("Tampering", "The model is fine-tuned on the attacker's data."),
+    "downstream": ("Downstream fine-tuning", "The model is fine-tuned on a task that has nothing to do with it."),
+    "quantize": ("Quantization", "The model is rounded to fewer bits and scored again."),
+    "sampling": ("Sampling", "The model is asked many times, and in other words."),
+    "white_box": ("A look inside", "Each layer is read for what the output does not say."),
+    "ablate": ("Retain-term ablation", "The method is tuned and run once more without its retain term."),
 }
 MEANINGS = {
     "model_utility": "Harmonic mean of probability, ROUGE-L recall and truth ratio over the sets that are to be kept.",
@@ -49,6 +75,16 @@ MEANINGS = {
     "tpr_at_1pct_fpr": "Members that the attack finds when 1% of the non-members are accused wrongly.",
     "tpr_at_5pct_fpr": "Members that the attack finds when 5% of the non-members are accused wrongly.",
     "balanced_accuracy": "Mean of the attack's hit rates on members and on non-members.",
+    "recovered": "Share of what unlearning took away that is back after the attack: 0 as before, 1 as in the target.",
+    "recovery_area": "The recovered share on average over the attack, so that early recovery counts more.",
+    "steps_to_half": "Optimizer steps until half of what unlearning took away is back.",
+    "best": "The highest value that the attack reached on its way.",
+    "area": "Mean value over the attack, which needs no target model to be measured against.",
+    "change": "Quantized minus full precision; what returns with fewer bits was hidden, not gone.",
+    "leak@k": "Probability that at least one of k sampled answers holds the forgotten one.",
+    "uds": "Unlearning depth: how much of what the target's activations know is gone inside; 1 is erased, 0 untouched.",
+    "lens": "What the output head reads from the middle of the network, layer by layer.",
+    "probe": "How well a linear classifier reads the forgotten answers from a layer.",
 }
 ORDER = list(MEANINGS)
 # What a membership attack is measured by; their names are <attack>/<measure>, unlike <split>/<metric>.
@@ -63,6 +99,12 @@ def label(name):
     """
     if name in LABELS:
         return LABELS[name]
+    if name.startswith("leak_at_"):
+        return f"leak@{name.removeprefix('leak_at_')}"
+    if name.startswith("leak_lower_bound_at_"):
+        return f"leak@{name.removeprefix('leak_lower_bound_at_')}, lower bound"
+    if name.startswith("after_"):
+        return f"after {name.removeprefix('after_')}"
     if name.startswith(("min_k_pp_", "min_k_")):
         return f"{'Min-K%++' if name.startswith('min_k_pp_') else 'Min-K%'}, K = {name.rpartition('_')[2]}"
     return name.replace("_", " ").replace("/", ", ")
@@ -80,3 +122,24 @@ def full_label(name):
     if not first:
         return label(last)
     return f"{label(first)}{' attack' if is_attack(name) else ''} \u00b7 {label(last)}"
+
+
+def attack_title(attack):
+    """Return what an attack is called by the label of its results: Tampering; Tampering, benign."""
+    kind, _, variant = attack.partition("/")
+    title = ATTACKS[kind][0] if kind in ATTACKS else kind
+    return f"{title}, {variant.replace('_', ' ')}" if variant else title
+
+
+def path_label(name):
+    """Return the label of a metric of an attack, each part of its name in words: forget, probability, recovered share.
+
+    Args:
+        name: as forget/probability/recovered.
+    """
+    return " \u00b7 ".join(label(part) for part in name.split("/") if part)
+
+
+def purpose(kind):
+    """Return in lower case what results of a label are of: evaluation, membership inference, tampering."""
+    return {"eval": "evaluation", "mia": "membership inference"}.get(kind) or attack_title(kind).lower()

@@ -1,15 +1,18 @@
-"""Reads what runs leave on disk: results.json, unlearning.json, trainer_state.json, and demo.json of the demo."""
+"""Reads what runs leave on disk: results.json, audit.json, unlearning.json, trainer_state.json, and demo.json."""
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_unlearn.errors import UserError
+from llm_unlearn.report.audits import AUDIT, read_audit
+from llm_unlearn.report.json_files import check_version, read_object
+from llm_unlearn.report.payloads import read_payload
 
-SCHEMA_VERSION = 1
-KINDS = ("eval", "mia")
+SCORES = ("eval", "mia")
+ATTACKS = ("relearn", "tamper", "downstream", "quantize", "sampling", "white_box", "ablate")
+KINDS = (*SCORES, *ATTACKS)
 DEMO = "demo.json"
 LM_EVAL = "lm_eval"
 DIRECTIONS = ("lower", "higher", "none")
@@ -32,7 +35,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class Result:
-    """One results.json; `path` is the file, `model` the checkpoint as the command named it."""
+    """One results.json; `path` is the file, `model` the checkpoint as the command named it.
+
+    `payload` holds what attacks leave beside their metrics (see `payloads.read_payload`); `variant` tells apart several
+    results of one kind of attack on one model.
+    """
 
     path: Path
     kind: str
@@ -45,6 +52,22 @@ class Result:
     definitions: dict = field(default_factory=dict)
     splits: dict = field(default_factory=dict)
     counters: dict = field(default_factory=dict)
+    payload: dict = field(default_factory=dict)
+    variant: str = ""
+
+    @property
+    def label(self):
+        """Kind with the variant, as "tamper" or "tamper/benign": what results of several runs are matched by."""
+        return f"{self.kind}/{self.variant}" if self.variant else self.kind
+
+
+@dataclass(frozen=True)
+class Records:
+    """What was found below some folders, in their order: Results, {resolved folder: Training} and Audits."""
+
+    results: list
+    trainings: dict
+    audits: list
 
 
 @dataclass(frozen=True)
@@ -72,23 +95,25 @@ def find_records(folders):
     Args:
         folders: paths, in the order in which their runs shall appear.
     Returns:
-        (list of Result, {resolved folder: Training}), both in the order in which they were found.
+        Records.
     Raises:
         UserError: a folder does not exist, or a record in it is malformed or of a newer schema.
     """
-    results, trainings, seen = [], {}, set()
+    records, seen = Records([], {}, []), set()
     for top in folders:
         for folder, names in _walk(Path(top)):
             if folder in seen:
                 continue
             seen.add(folder)
             if "results.json" in names:
-                results.append(read_result(folder / "results.json"))
+                records.results.append(read_result(folder / "results.json"))
             if "unlearning.json" in names or ("trainer_state.json" in names and not is_checkpoint(folder.name)):
-                trainings[folder] = read_training(folder)
+                records.trainings[folder] = read_training(folder)
+            if AUDIT in names:
+                records.audits.append(read_audit(folder / AUDIT))
             if DEMO in names:
-                results += _read_demo(folder / DEMO)
-    return results, trainings
+                records.results.extend(_read_demo(folder / DEMO))
+    return records
 
 
 def _walk(top):
@@ -109,8 +134,8 @@ def read_result(path):
     Raises:
         UserError: it is not JSON, lacks what a report needs, or is of a newer schema.
     """
-    raw = _read_object(path)
-    _check_version(path, raw)
+    raw = read_object(path)
+    check_version(path, raw)
     if raw.get("kind") not in KINDS:
         raise UserError(f"{path} is malformed: its kind is {raw.get('kind')!r}, known: {', '.join(KINDS)}")
     # run_eval.py that ran lm_eval alone has no domain.
@@ -135,6 +160,7 @@ def read_result(path):
         model=raw["model"],
         command=str(raw.get("command") or ""),
         metrics={name: _metric(path, name, entry) for name, entry in raw["metrics"].items()},
+        payload=read_payload(path, raw),
         **objects,
     )
 
@@ -164,11 +190,11 @@ def read_training(folder):
     """
     record, history = {}, []
     if (folder / "unlearning.json").is_file():
-        record = _read_object(folder / "unlearning.json")
-        _check_version(folder / "unlearning.json", record)
+        record = read_object(folder / "unlearning.json")
+        check_version(folder / "unlearning.json", record)
     path = folder / "trainer_state.json"
     if path.is_file():
-        history = _read_object(path).get("log_history", [])
+        history = read_object(path).get("log_history", [])
         if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
             raise UserError(f"{path} is malformed: 'log_history' must be a list of objects")
     return Training(folder, record, tuple(history))
@@ -176,7 +202,7 @@ def read_training(folder):
 
 def _read_demo(path):
     """Return what demo.json says of the target and of the unlearned model beside it; [] where it is another's file."""
-    raw = _read_object(path)
+    raw = read_object(path)
     results = []
     for moment, folder in (("before", "target"), ("after", "unlearned")):
         values = raw.get(moment)
@@ -189,23 +215,3 @@ def _read_demo(path):
         seed = {"demo_seed": raw.get("demo_seed")}
         results.append(Result(path, "eval", "demo", str(path.parent / folder), metrics, "make demo", fingerprints=seed))
     return results
-
-
-def _read_object(path):
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is malformed: it cannot be read as JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is malformed: it must hold a JSON object")
-    return raw
-
-
-def _check_version(path, raw):
-    version = raw.get("schema_version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise UserError(f"{path} is malformed: schema_version is {version!r}, and should be {SCHEMA_VERSION}")
-    if version > SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema_version {version}, and this program reads up to {SCHEMA_VERSION}; update llm_unlearn"
-        )

@@ -2,11 +2,11 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llm_unlearn.errors import UserError
-from llm_unlearn.report.results import DEMO, Training, find_records, is_checkpoint, read_training
+from llm_unlearn.report.results import ATTACKS, DEMO, Training, find_records, is_checkpoint, read_training
 
 # What a run is to the others, in the order of the columns.
 ROLES = {
@@ -21,6 +21,7 @@ COMPETING = ("unlearned", "unknown")
 NUM_COLORS = 7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)))
+_REFERENCE_DASHES = {"base": (0, (3, 3)), "target": (0, (1, 2.5)), "retrained": (0, (6, 1.5, 1, 1.5, 1, 1.5))}
 _REFERENCE_MARKERS = {"base": ("x", "1", "2"), "target": ("o", "h", "p"), "retrained": ("*", "8", "H")}
 
 
@@ -58,9 +59,9 @@ class Run:
         """Whether this run is ranked: it is neither the model before unlearning nor one retrained without the data."""
         return self.role in COMPETING
 
-    def result(self, domain, kind):
-        """Return the Result of a domain and kind, or None."""
-        return next((result for result in self.results if (result.domain, result.kind) == (domain, kind)), None)
+    def result(self, domain, label):
+        """Return the Result of a domain and a label ("eval", "mia", "tamper", ...), or None."""
+        return next((result for result in self.results if (result.domain, result.label) == (domain, label)), None)
 
     def history(self):
         """Return the rows of trainer_state.json that this run is to draw; a checkpoint leaves them to its training."""
@@ -73,32 +74,35 @@ def gather_runs(folders):
     Args:
         folders: paths.
     Returns:
-        list of Run, at least one.
+        (list of Run, at least one; list of Audit).
     Raises:
         UserError: nothing to report, a folder that does not exist, or a malformed record.
     """
-    results, trainings = find_records(folders)
-    runs = {}
-    for result in results:
+    records = find_records(folders)
+    trainings, runs = records.trainings, {}
+    for result in records.results:
         training, checkpoint = _training_of(result, trainings)
-        run = _run_of(result, training, checkpoint)
-        _attach(runs, run, result)
+        _attach(runs, _run_of(result.model, training, checkpoint), result, records.audits)
     with_training = {run.training.folder for run in runs.values() if run.training and not run.checkpoint}
+    attacked = {result.path.parent for result in records.results if result.kind in ATTACKS}
     for folder, training in trainings.items():
-        if folder not in with_training:
+        # What an attack trained on its way is no run of the user's.
+        if folder not in with_training and not attacked & set(folder.parents):
             runs[("training", folder)] = Run(str(folder), folder.parts, training)
     if not runs:
         given = ", ".join(f"'{folder}'" for folder in folders)
         raise UserError(f"nothing to report in {given}: no results.json, unlearning.json or trainer_state.json below")
     found = list(runs.values())
     _drop_what_an_evaluation_says_better(found)
+    _tell_attacks_apart(found)
     _set_roles(found)
+    _set_roles_of_audits(found, records.audits)
     order = list(ROLES)
     # The unlearned and those without a record keep the order in which they were found.
     found.sort(key=lambda run: order.index("unlearned" if run.competes else run.role))
     _set_names(found)
     _set_looks(found)
-    return found
+    return found, records.audits
 
 
 def components(text):
@@ -141,24 +145,69 @@ def _is_named(training, parts, is_absolute):
     return output == parts or _ends_with(training.folder.parts, parts)
 
 
-def _run_of(result, training, checkpoint):
+def _run_of(model, training, checkpoint):
     if training:
         folder = training.folder / checkpoint if checkpoint else training.folder
         return Run(str(folder), folder.parts, training, checkpoint)
-    path = Path(result.model)
-    path = path.resolve() if path.exists() else path
-    return Run(result.model, components(str(path)) or (result.model,))
+    return Run(model, _parts_of(model))
 
 
-def _attach(runs, run, result):
-    """Add a result to its run; a second one of the same domain and kind becomes a run of its own."""
+def _parts_of(model):
+    """Return the components of a model's path, resolved where it is on disk, or those of its name."""
+    path = Path(model)
+    return components(str(path.resolve() if path.exists() else path)) or (model,)
+
+
+def _attach(runs, run, result, audits):
+    """Add a result to its run.
+
+    A second score of the same domain becomes a run of its own; a run may hold several attacks of one kind. What an
+    audit asked of a model in the same way as another did before, as of the target of both, is there already.
+    """
     key = run.parts
+    held = runs[key].results if key in runs else []
+    if any(_is_repetition(result, other, audits) for other in held):
+        return
+    if result.kind in ATTACKS:
+        runs.setdefault(key, run).results.append(result)
+        return
     while key in runs and runs[key].result(result.domain, result.kind):
         held = runs[key].result(result.domain, result.kind)
         if DEMO in (held.path.name, result.path.name) and held.path.name != result.path.name:
             break
         key = (*key, "again")
     runs.setdefault(key, run).results.append(result)
+
+
+def _is_repetition(result, other, audits):
+    if not any(audit.contains(found.path) for audit in audits for found in (result, other)):
+        return False
+    return all(
+        getattr(result, name) == getattr(other, name)
+        for name in ("domain", "kind", "fingerprints", "splits", "definitions")
+    ) and attack_settings(result) == attack_settings(other)
+
+
+def attack_settings(result):
+    """Return how a model was attacked, as [(name of the curve, its settings)]; [] of what has no curves."""
+    return [(curve["name"], curve["settings"]) for curve in result.payload.get("curves", ())]
+
+
+def _tell_attacks_apart(runs):
+    """Give the attacks of a kind variants, by their folders, where any run has several of them on one domain."""
+    counts = Counter((number, result.domain, result.kind) for number, run in enumerate(runs) for result in run.results)
+    repeated = {(domain, kind) for (_, domain, kind), count in counts.items() if count > 1 and kind in ATTACKS}
+    for run in runs:
+        seen = Counter()
+        for place, result in enumerate(run.results):
+            if (result.domain, result.kind) in repeated:
+                folder = result.path.parent
+                variant = folder.parent.name if folder.name == result.domain else folder.name
+                variant = variant.removeprefix(result.kind).strip("_-") or "plain"
+                seen[result.kind, variant] += 1
+                number = seen[result.kind, variant]
+                variant = f"{variant} #{number}" if number > 1 else variant
+                run.results[place] = replace(result, variant=_printable(variant))
 
 
 def _drop_what_an_evaluation_says_better(runs):
@@ -185,6 +234,32 @@ def _set_roles(runs):
         for role, starts in started_from.items():
             if any(_is_same_model(run, start) for start in starts):
                 run.role = role
+
+
+def _set_roles_of_audits(runs, audits):
+    """Let the audits say which model is the target and which is the gold standard; they know, by name or by folder."""
+    for role, attribute, folder in (("unlearned", "model", None), ("retrained", "gold", "gold"), ("target",) * 3):
+        for audit in audits:
+            model = getattr(audit, attribute)
+            for run in runs:
+                is_there = folder and any(audit.folder / folder in result.path.parents for result in run.results)
+                if model and (is_there or _is_same_model(run, model)):
+                    run.role = role
+
+
+def audited_run(runs, audit):
+    """Return the run that an audit is about: that of its model, or else that of the results directly below it."""
+    named = [run for run in runs if _is_same_model(run, audit.model)]
+    inside = [
+        run
+        for run in runs
+        if any(
+            len(result.path.relative_to(audit.folder).parts) == 2
+            for result in run.results
+            if audit.contains(result.path)
+        )
+    ]
+    return next(iter([*named, *inside]), None)
 
 
 def _is_same_model(run, start):
@@ -230,4 +305,5 @@ def _set_looks(runs):
             run.look = Look(f"run-{color}", marker, dashes, True)
         else:
             markers = _REFERENCE_MARKERS[run.role]
-            run.look = Look("reference", markers[number % len(markers)], DASHES[2], run.role == "retrained")
+            dashes = _REFERENCE_DASHES[run.role]
+            run.look = Look("reference", markers[number % len(markers)], dashes, run.role == "retrained")

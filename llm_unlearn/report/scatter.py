@@ -5,17 +5,10 @@ from dataclasses import dataclass
 from llm_unlearn.report import formatting
 from llm_unlearn.report.glossary import full_label
 from llm_unlearn.report.label_placement import nearest, place_labels
+from llm_unlearn.report.main_numbers import FORGET
 from llm_unlearn.report.svg import COLORS, marker_style, new_figure, plot_style, to_svg
 from llm_unlearn.report.tables import is_number
 
-_FORGET = (
-    "forget/probability",
-    "forget/verbmem",
-    "forget/rouge_l_recall",
-    "forget/knowmem",
-    "forget/extraction_strength",
-)
-_FORGET += ("forget/choice_accuracy", "forget/token_accuracy", "forget/perplexity")
 _KEEP = ("model_utility", "retain/probability", "retain/knowmem", "retain/rouge_l_recall", "retain/choice_accuracy")
 _KEEP_SPLITS = ("retain", "general", "real_authors", "world_facts", "lm_eval", "zero_shot", "mcq")
 # CSS pixels; the narrow one stands in for the wide one on a telephone, where 12 pixels must stay 12 pixels.
@@ -44,7 +37,7 @@ def choose_pair(comparison):
     there = [name for name in comparison.names("eval") if comparison.direction("eval", name) != "none"]
     forget = [name for name in there if name.split("/")[0].endswith("forget") or name.startswith("wmdp")]
     keep = [name for name in there if name == "model_utility" or name.split("/")[0].endswith(_KEEP_SPLITS)]
-    forget.sort(key=lambda name: _FORGET.index(name) if name in _FORGET else len(_FORGET))
+    forget.sort(key=lambda name: FORGET.index(name) if name in FORGET else len(FORGET))
     keep.sort(key=lambda name: _KEEP.index(name) if name in _KEEP else len(_KEEP))
     pairs = []
     for x in forget:

@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass, field
 
 from llm_unlearn.report import formatting, glossary
-from llm_unlearn.report.results import Metric
+from llm_unlearn.report.main_numbers import main_numbers
+from llm_unlearn.report.results import SCORES, Metric
 
 BEST, TIED = "best", "tied"
 NO_REASON = "no reason was recorded"
 ABSENT = "not in this run's results.json"
 NOT_SCORED = {"eval": "this run was not evaluated", "mia": "this run was not attacked"}
+NOT_ATTACKED = "this run was not attacked in this way"
 _AGGREGATES = "aggregates"
 _GROUP_ORDER = (_AGGREGATES, "forget", "retain", "holdout", "real_authors", "world_facts")
 _HEADLINE_ROWS = 8
@@ -118,18 +120,36 @@ def _error(metric):
 
 
 def metric_tables(comparison):
-    """Build the tables of one domain: "At a glance", then in full the evaluation and the attacks where they are long.
+    """Build the tables of one domain: "At a glance", then in full each kind of results where they are long.
 
     Args:
         comparison: Comparison.
     Returns:
         list of Table.
     """
-    num_rows = sum(len(comparison.names(kind)) for kind in ("eval", "mia"))
-    if num_rows <= _SHORT_TABLE:
+    num_rows = sum(len(comparison.names(kind)) for kind in SCORES)
+    if num_rows <= _SHORT_TABLE and not comparison.attacks:
         return [_headline_table(comparison, num_rows)]
-    tables = [_full_table(comparison, kind) for kind in ("eval", "mia") if comparison.names(kind)]
-    return [_headline_table(comparison, _HEADLINE_ROWS), *tables]
+    scores = [kind for kind in comparison.kinds if kind in SCORES]
+    tables = [_headline_table(comparison, _HEADLINE_ROWS), *(_full_table(comparison, kind) for kind in scores)]
+    return [*tables, *(_attack_table(comparison, kind) for kind in comparison.attacks)]
+
+
+def _attack_table(comparison, kind):
+    """Build the table of one attack, in the order of its file, grouped by what comes before a name's last slash."""
+    title = glossary.attack_title(kind)
+    table = Table(kind.replace("/", "-").replace(" ", "-").replace("#", ""), title, comparison.scored(kind))
+    by_group = {}
+    for name in comparison.names(kind):
+        by_group.setdefault(name.rpartition("/")[0], []).append(name)
+    for group, names in by_group.items():
+        rows = tuple(
+            _row(table, comparison, kind, name, glossary.path_label(name.rpartition("/")[2] if group else name))
+            for name in names
+        )
+        is_comparable = all(comparison.is_comparable(kind, name) for name in names)
+        table.groups.append(Group(glossary.path_label(group), rows, is_comparable))
+    return table
 
 
 def _full_table(comparison, kind):
@@ -155,15 +175,29 @@ def _full_table(comparison, kind):
 
 def _headline_table(comparison, num_rows):
     table = Table("glance", "At a glance", comparison.runs)
-    order = dict.fromkeys([*_HEADLINE, *((kind, name) for kind in ("eval", "mia") for name in comparison.names(kind))])
+    # Under attack, membership inference has its main number in the other group.
+    kinds = ("eval",) if comparison.attacks else SCORES
+    order = dict.fromkeys([*_HEADLINE, *((kind, name) for kind in SCORES for name in comparison.names(kind))])
+    order = [entry for entry in order if entry[0] in kinds]
     with_values = [(kind, name) for kind, name in order if _has_values(comparison, kind, name)]
     without = [
         (kind, name) for kind, name in order if name in comparison.names(kind) and (kind, name) not in with_values
     ]
     chosen = [*with_values, *without][:num_rows]
     rows = tuple(_row(table, comparison, kind, name, glossary.full_label(name)) for kind, name in chosen)
-    table.groups.append(Group("", rows, all(comparison.is_comparable(kind, name) for kind, name in chosen)))
+    if rows:
+        table.groups.append(Group("", rows, all(comparison.is_comparable(kind, name) for kind, name in chosen)))
+    attacked = [entry for entry in main_numbers(comparison) if entry[:2] not in chosen]
+    if attacked:
+        rows = tuple(_row(table, comparison, kind, name, label) for kind, name, label in attacked)
+        is_comparable = all(comparison.is_comparable(kind, name) for kind, name, _ in attacked)
+        table.groups.append(Group("under attack", rows, is_comparable))
     return table
+
+
+def _is_never_reached(name, metrics):
+    """Return whether a null means more than any number: recovery that never came is better than one after n steps."""
+    return name.endswith("/steps_to_half") and any(metric is not None and metric.value is None for metric in metrics)
 
 
 def _has_values(comparison, kind, name):
@@ -174,17 +208,26 @@ def _row(table, comparison, kind, name, label):
     direction = comparison.direction(kind, name)
     metrics = comparison.metrics(kind, name, table.runs)
     competing = [metric if run.competes else None for run, metric in zip(table.runs, metrics, strict=True)]
-    marks = standings(competing, direction if comparison.is_comparable(kind, name) else "none")
+    is_ranked = comparison.is_comparable(kind, name) and not _is_never_reached(name, competing)
+    marks = standings(competing, direction if is_ranked else "none")
     there = [metric for metric in metrics if metric is not None and metric.value is not None]
     decimals = formatting.decimals_of([metric.value for metric in there], [metric.stderr for metric in there])
     cells = []
     for run, metric, mark in zip(table.runs, metrics, marks, strict=True):
-        absent = ABSENT if run.result(comparison.domain, kind) else NOT_SCORED[kind]
-        cells.append(_cell(table, metric or Metric(None, reason=absent), mark, decimals))
+        absent = ABSENT if run.result(comparison.domain, kind) else NOT_SCORED.get(kind, NOT_ATTACKED)
+        ends = _interval(run.result(comparison.domain, kind), name)
+        cells.append(_cell(table, metric or Metric(None, reason=absent), mark, decimals, ends))
     return Row(name, label, direction, tuple(cells))
 
 
-def _cell(table, metric, mark, decimals):
+def _interval(result, name):
+    """Return the 95% interval that a result gives a metric, or None; membership inference names it by the attack."""
+    intervals = result.payload.get("intervals", {}) if result else {}
+    ends = intervals.get(name) or (intervals.get(name.removesuffix("/auc")) if name.endswith("/auc") else None)
+    return ends if ends and all(map(is_number, ends)) else None
+
+
+def _cell(table, metric, mark, decimals, ends=None):
     if metric.value is None:
         reason = metric.reason or NO_REASON
         return Cell(formatting.DASH, title=reason, note=table.note(reason))
@@ -193,9 +236,12 @@ def _cell(table, metric, mark, decimals):
     if metric.stderr is not None:
         error = formatting.error(metric.stderr, decimals, formatting.is_scientific(metric.value, decimals))
         title += f" {formatting.PLUS_MINUS} {metric.stderr:.3g}"
+    if ends:
+        title += f", 95% {ends[0]:.3g} to {ends[1]:.3g}"
     if metric.n:
         title += f", n = {metric.n:,.0f}"
-    return Cell(text, error, title, mark)
+    # An attack may say with a value what it means, as where there was nothing to recover.
+    return Cell(text, error, title, mark, table.note(metric.reason) if metric.reason else None)
 
 
 def _group_of(name):
