@@ -46,3 +46,5 @@ def set_up_logging():
     level = logging.INFO if is_first_process() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("llm_unlearn").setLevel(level)
+    # bitsandbytes 0.50 says on every import without a GPU, and for every layer, what costs it speed alone.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -82,6 +82,8 @@ class Generator:
         progress: whether the first process shows a progress bar.
     """
 
+    kind, activity = "generations", "generating"
+
     def __init__(
         self, model, tokenizer, pad_id, folder=None, max_tokens=16384, max_sequences=None, lockstep=False,
         cap_loops=True, progress=False,
@@ -90,7 +92,7 @@ class Generator:
         self.max_tokens, self.max_sequences, self.cap_loops = max_tokens, max_sequences, cap_loops
         self.processes = PartialState()
         self.progress = progress and self.processes.is_main_process
-        self.store = RecordStore(folder, "generations", self.processes.process_index)
+        self.store = RecordStore(folder, self.kind, self.processes.process_index)
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         config = model.generation_config
         ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
@@ -129,7 +131,7 @@ class Generator:
         mine, found = batches[rank::world], {}
         counts = dict.fromkeys(self.counters, 0)
         rounds = range(-(-len(batches) // world) if self.lockstep else len(mine))
-        for number in tqdm(rounds, "generating", disable=not self.progress, leave=False):
+        for number in tqdm(rounds, self.activity, disable=not self.progress, leave=False):
             batch = mine[number] if number < len(mine) else batches[0][:1]
             decoded = self._decode(batch, counts) if self.own_loop else self._decode_with_generate(batch, counts)
             if number >= len(mine):
@@ -167,16 +169,24 @@ class Generator:
         return torch.tensor(ids, device=self.model.device), mask.long().to(self.model.device)
 
     def _decode(self, batch, counts):
-        rows = [_DecodedRow(prompt, self._room(prompt)) for prompt in batch]
+        rows = [self._row(prompt) for prompt in batch]
         live = list(rows)
-        ids, mask = self._padded(batch)
+        # A prompt with several continuations is read once.
+        distinct = {prompt.ids: prompt for prompt in batch}
+        places = {ids: place for place, ids in enumerate(distinct)}
+        readers = torch.tensor([places[prompt.ids] for prompt in batch], device=self.model.device)
+        ids, mask = self._padded(list(distinct.values()))
         counts["prompt_tokens"] += ids.numel()
         cache = DynamicCache(config=self.model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         while True:
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
             output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            chosen = output.logits[:, -1].argmax(-1)
+            logits = output.logits[:, -1]
+            if len(logits) < len(live):
+                cache.batch_select_indices(readers)
+                logits, mask, positions = logits[readers], mask[readers], positions[readers]
+            chosen = self._choose(logits, live)
             for row, token in zip(live, chosen.tolist(), strict=True):
                 self._append(row, token)
             open_rows = [number for number, row in enumerate(live) if not row.done]
@@ -196,6 +206,17 @@ class Generator:
             counts["decode_row_steps"] += len(live)
         counts["ideal_row_steps"] += sum(max(row.decoded - 1, 0) for row in rows)
         return rows
+
+    def _choose(self, logits, rows):
+        """Return the (R,) next tokens of the rows from the (R, V) logits."""
+        return logits.argmax(-1)
+
+    def _processors(self, rows):
+        """Return what makes `generate`, which takes the first choice, choose as `_choose` does; None: nothing."""
+        return None
+
+    def _row(self, prompt):
+        return DecodedRow(prompt, self._room(prompt))
 
     def _room(self, prompt):
         """Return how many tokens may follow a prompt within the model's context."""
@@ -231,13 +252,14 @@ class Generator:
     def _decode_with_generate(self, batch, counts):
         """Decode by transformers' own loop, for models and settings that ours does not know; all rows of equal room."""
         room = self._room(batch[0])
-        rows = [_DecodedRow(prompt, room) for prompt in batch]
+        rows = [self._row(prompt) for prompt in batch]
         if room == 0 and not self.lockstep:
             return rows
         ids, mask = self._padded(batch)
         output = self.model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max(room, 1), pad_token_id=self.pad_id,
             synced_gpus=self.lockstep, temperature=None, top_p=None, top_k=None,
+            logits_processor=self._processors(rows),
         )  # fmt: skip
         counts["prompt_tokens"] += ids.numel()
         steps = output.shape[1] - ids.shape[1]
@@ -258,8 +280,16 @@ class Generator:
         return Generation(text[: min(found)] if found else text, len(row.ids), row.finished, row.collapsed)
 
 
-class _DecodedRow:
-    """A row while it is decoded."""
+class DecodedRow:
+    """A row while it is decoded.
+
+    Attributes:
+        prompt: Prompt.
+        room: new tokens at most.
+        ids: new tokens so far; where it ran into a loop, all of them.
+        decoded: how many of them the model chose.
+        done, finished, collapsed: whether it is over; because it ended by itself; because it ran into a loop.
+    """
 
     def __init__(self, prompt, room):
         self.prompt, self.room = prompt, room

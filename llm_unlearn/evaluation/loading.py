@@ -49,7 +49,7 @@ def load_checkpoint(name, flags, hub, device, quantization=None):
         flags: TokenizerFlags with TRL's ModelConfig.
         hub: revision, cache_dir, token, trust_remote_code.
         device: where it goes.
-        quantization: BitsAndBytesConfig or None.
+        quantization: BitsAndBytesConfig or another configuration of transformers, or None.
     Returns:
         Checkpoint.
     Raises:
@@ -59,6 +59,8 @@ def load_checkpoint(name, flags, hub, device, quantization=None):
     adapter = check_name(name)
     base = _base_of(folder, adapter) if adapter else name
     more = {"attn_implementation": flags.attn_implementation, "quantization_config": quantization}
+    # Quantized weights cannot be moved; left alone, they would go to a GPU in spite of --use_cpu.
+    more |= {"device_map": {"": device}} if quantization else {}
     try:
         tokenizer = _tokenizer(name, base, flags, hub)
         fingerprints = {"weights": _adapter_fingerprint(folder) if adapter else model_fingerprint(name, **hub)}
@@ -129,7 +131,9 @@ def check_finite(model, name):
     Raises:
         UserError: naming the first of them and how many there are.
     """
-    broken = [key for key, value in model.named_parameters() if value.is_floating_point() and not _is_finite(value)]
+    # A tensor class of its own, as torchao's, holds integers behind the dtype that it shows, and cannot be summed.
+    plain = {key: value for key, value in model.named_parameters() if type(value.data) is torch.Tensor}
+    broken = [key for key, value in plain.items() if value.is_floating_point() and not _is_finite(value)]
     if broken:
         raise UserError(
             f"{len(broken)} weights of '{name}' are NaN or infinite, the first is {broken[0]}; the run diverged"

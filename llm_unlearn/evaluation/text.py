@@ -139,7 +139,7 @@ def gibberish_reasons(text):
     text = text.strip()
     if len(text) < MIN_CHARACTERS:
         return []
-    entropy, words = _entropy(text), _words(text)
+    entropy, words = _entropy(text), words_of(text)
     ngrams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     is_alphabetic = np.mean(_code_points(text) < ALPHABETS_END) > 0.8
     checks = {
@@ -190,11 +190,7 @@ def secret_positions(text, secret, secret_type=None):
 
 
 def extracted(text, secret, secret_type=None):
-    """Say whether a text gives a secret away word for word; see `secret_positions` for arguments and errors.
-
-    Returns:
-        bool.
-    """
+    """Return whether a text gives a secret away word for word; see `secret_positions` for arguments and errors."""
     return bool(secret_positions(text, secret, secret_type))
 
 
@@ -202,7 +198,7 @@ class _AnyScript:
     """Tokenizer for rouge_score that keeps the words of every script."""
 
     def tokenize(self, text):
-        return _words(text) or text.split()
+        return words_of(text) or text.split()
 
 
 @functools.cache
@@ -224,7 +220,8 @@ def _is_latin(text):
     return 2 * len(kept) >= max(1, sum(map(str.isalnum, text)))
 
 
-def _words(text):
+def words_of(text):
+    """Return the words of a text of any script: runs of letters, marks and digits, NFKC and lowercased."""
     text = unicodedata.normalize("NFKC", text).lower()
     others = {ord(character): " " for character in set(text) if not _is_word_character(character)}
     return _SPACELESS.sub(r" \g<0> ", text.translate(others)).split()
