@@ -1,0 +1,117 @@
+"""Is it really gone? Evaluation, membership inference and the attacks of a preset on one checkpoint, on one page.
+
+python -m llm_unlearn.cli.audit --model_name_or_path CKPT --target_model T [--gold G] --domain D [--preset quick]
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_unlearn.arguments import flag
+from llm_unlearn.attacks.audit_plan import GOLD, MODEL, PRESETS, TARGET, jobs_of
+from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
+from llm_unlearn.cli.scoring import default_directory, finish_processes, start_processes
+from llm_unlearn.errors import UserError, run_cli, unknown_name
+from llm_unlearn.processes import end_process, is_first_process, set_up_logging
+
+logger = logging.getLogger("llm_unlearn")
+
+
+@dataclass
+class AuditFlags(AttackFlags):
+    """Flags of the audit itself."""
+
+    gold: str | None = flag(
+        None, "A model retrained without the forget set: what it knows, learns and leaks is what 'gone' looks like."
+    )
+    preset: str = flag(
+        "quick",
+        "quick: minutes on a small model; standard: more samples, tampering on related data, 4 bit; full: thousands of "
+        "steps, and downstream tasks.",
+        choices=list(PRESETS),
+    )
+    skip: str | None = flag(None, "Stages to leave out, separated by commas, as downstream,white_box.")
+    attack_lr: str | None = flag(
+        None, "Learning rates of the attacks that fine-tune, separated by commas, in the place of the preset's."
+    )
+    references_dir: str | None = flag(
+        None, "Folder in which results of the target and the gold model are kept for further audits against them."
+    )
+    title: str | None = flag(None, "Heading of the page.")
+
+
+def main(argv=None):
+    """Audit one checkpoint.
+
+    Args:
+        argv: list of words; None takes the process's own.
+    Returns:
+        int exit code: 0 done, 1 a stage failed, 2 the user's mistake.
+    """
+    return run_cli(lambda: run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def run(argv):
+    """Do what `main` does, errors raised; see there."""
+    parsed = parse_attack(argv, AuditFlags, "python -m llm_unlearn.cli.audit")
+    if parsed is None:
+        return 0
+    models, skipped = _check(parsed)
+    set_up_logging()
+    for note in dict.fromkeys(parsed.notes):
+        logger.info(note)
+    start_processes(parsed.flags)
+    from llm_unlearn.attacks.audit import FAILED, Audit
+    from llm_unlearn.evaluation.results import check_writable
+
+    name, domain = parsed.model.model_name_or_path, parsed.data.domain
+    folder = Path(parsed.flags.output_dir or default_directory(name, "audit", domain))
+    for place, named in ((folder, "--output_dir"), (parsed.flags.references_dir, "--references_dir")):
+        if place:
+            check_writable(Path(place), named)
+    record = Audit(parsed, models, folder, parsed.flags.references_dir).run(
+        jobs_of(parsed.flags.preset, models, skipped)
+    )
+    if is_first_process():
+        _finish(folder, record, parsed.flags.title)
+    finish_processes()
+    return int(any(stage["status"] == FAILED for stage in record["stages"]))
+
+
+def _check(parsed):
+    """Return ({who: model}, names of stages to leave out), or refuse before anything is loaded."""
+    from llm_unlearn.evaluation.loading import check_name
+
+    flags = parsed.flags
+    if not flags.target_model:
+        raise UserError("--target_model is missing: the model before it unlearned, which an audit compares with")
+    models = {MODEL: parsed.model.model_name_or_path, TARGET: flags.target_model, GOLD: flags.gold}
+    models = {who: name.rstrip("/") or "/" for who, name in models.items() if name}
+    for name in models.values():
+        check_name(name)
+    known = dict.fromkeys(stage.name for stages in PRESETS.values() for stage in stages)
+    skipped = [name.strip() for name in (flags.skip or "").split(",") if name.strip()]
+    for name in skipped:
+        if name not in known:
+            raise unknown_name("--skip", name, known)
+    return models, skipped
+
+
+def _finish(folder, record, title):
+    from llm_unlearn.attacks.audit import AUDIT, PAGE
+    from llm_unlearn.evaluation.results import write_text
+    from llm_unlearn.report.page import make_audit_page
+
+    write_text(folder / PAGE, make_audit_page(folder, title))
+    signs = {"pass": "pass", "fail": "FAIL", "unknown": "?"}
+    lines = [
+        f"{signs[found['status']]:<5} {found['check']}: {found['sentence']}" for found in record["verdict"]["findings"]
+    ]
+    sys.stdout.write("\n".join([*lines, "", record["verdict"]["headline"], ""]))
+    sys.stdout.flush()
+    logger.info("the audit is in %s, the page to look at is %s", folder / AUDIT, folder / PAGE)
+
+
+if __name__ == "__main__":
+    end_process(main())
