@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-full bench lint docs format clean
+.PHONY: demo test test-full test-quantization bench lint docs format clean
 
 $(VENV)/.installed: setup.py requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ test: $(VENV)/.installed
 
 test-full: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 -m full
+
+# Apart from the others and last: with bitsandbytes installed, every process takes three seconds more to start.
+test-quantization: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[quantization]'
+	$(BIN)/python -m pytest tests/test_quantize.py -m "full or not full"
 
 # Real rows: make bench TOKENIZER="gpt2.json 20B_tokenizer.json" DATA_DIR=tofu; ten minutes on two cores.
 bench: $(VENV)/.installed

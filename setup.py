@@ -36,7 +36,6 @@ setup(
             "hypothesis>=6",
             "ruff>=0.6",
             "pre-commit>=3",
-            "bitsandbytes>=0.45",
             "playwright>=1.50",
         ],
         "lm_eval": ["lm_eval>=0.4.13"],
