@@ -71,7 +71,11 @@ class AttackState:
         for name in fresh.identity:
             before, now = found.identity.get(name), fresh.identity[name]
             if before != now:
-                shown = "are others" if name in ("rows", "repair_rows", "weights") else f"was {before} and is {now}"
+                shown = (
+                    "are others"
+                    if name in ("rows", "repair_rows", "weights", "questions")
+                    else f"was {before} and is {now}"
+                )
                 raise UserError(
                     f"'{folder}' holds an attack that differs: {name} {shown}; leave --resume_from_checkpoint out to "
                     "start anew, or pass another --output_dir"

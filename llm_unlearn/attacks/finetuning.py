@@ -57,7 +57,7 @@ class AttackRun:
 
 def finetune_attack(
     checkpoint, rows, settings, scorer, folder, repair_rows=None, repair_steps=0, evaluate_at=None, stop_when=None,
-    resume=True, statistics=None, tracked=None,
+    resume=True, statistics=None, tracked=None, asked=None,
 ):  # fmt: skip
     """Fine-tune a model on rows, and score it before, every `eval_every` steps and after; all processes call together.
 
@@ -76,6 +76,7 @@ def finetune_attack(
         statistics: statistics folder of the unchanged checkpoint, from which the first evaluation is read.
         tracked: function of {metric: scores.Metric} that returns the names that the rows hold; None takes
             `recovery.tracked_metrics`.
+        asked: what tells the scorer's questions from others, which an attack that is continued must not mix.
     Returns:
         AttackRun.
     Raises:
@@ -85,6 +86,7 @@ def finetune_attack(
     if low:
         raise ValueError("an attack trains float32 weights: load the checkpoint with dtype float32")
     folder, identity = Path(folder), _identity(checkpoint, rows, settings, repair_rows, repair_steps, evaluate_at)
+    identity["questions"] = asked
     state = _on_first(lambda: AttackState.open(folder, identity, resume))
     if state.finished:
         logger.info("the attack in %s is finished, nothing is repeated", folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from llm_unlearn.data.rows import fingerprint
 from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.benchmarks import load_parts
 from llm_unlearn.evaluation.questions import questions_of
@@ -23,8 +24,8 @@ class DomainScorer:
         context_length: tokens that the model reads at most, or None.
         generates: whether prompts are continued, which takes most of an evaluation's time.
         max_rows: of each set; None takes --max_eval_samples.
-        wanted: which sequences of a row are scored, of "answer", "paraphrase", "wrong", "chunks", "letters" and "cloze";
-            None takes all, `KNOWLEDGE` what the attacked knowledge is measured by while weights change.
+        wanted: which sequences of a row are scored, of answer, paraphrase, wrong, chunks, letters and cloze; None takes
+            all, `KNOWLEDGE` what the attacked knowledge is measured by while weights change.
     Raises:
         UserError: see `load_parts`; nothing that can be scored.
     """
@@ -64,6 +65,36 @@ class DomainScorer:
         if asked:
             self.parts.append(part)
             self.questions.extend(asked)
+
+    def keep_within(self, num_tokens, least):
+        """Ask about the first rows of each set alone, as many as a bound on the tokens of all sets admits.
+
+        Args:
+            num_tokens: of one scoring, prompts included and counted for each answer.
+            least: rows of a set that are kept whatever they cost.
+        Returns:
+            {set: rows} of those that lost some.
+        """
+        costs = [
+            [sum(len(s.ids) for found in q.sequences.values() for s in found) for q in self._of(part)]
+            for part in self.parts
+        ]
+        longest = max(map(len, costs))
+        fits = (size for size in range(longest, 0, -1) if sum(sum(of[:size]) for of in costs) <= num_tokens)
+        size = max(next(fits, 0), least)
+        cut = {part.name: size for part, of in zip(self.parts, costs, strict=True) if len(of) > size}
+        kept = [(part, self._of(part)[:size]) for part in self.parts]
+        self.parts, self.questions = [], []
+        for part, asked in kept:
+            if part.name in cut:
+                rows = [question.row for question in asked]
+                part = dataclasses.replace(part, rows=rows, sha256=fingerprint([*rows, *part.examples]))
+            self.parts.append(part)
+            self.questions += [dataclasses.replace(question, part=part) for question in asked]
+        return cut
+
+    def _of(self, part):
+        return [question for question in self.questions if question.part is part]
 
     def __call__(self, model, folder=None):
         """Score a model; all processes call together and all get the outcome.

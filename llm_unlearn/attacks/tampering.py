@@ -5,6 +5,8 @@ import gc
 import logging
 from pathlib import Path
 
+from accelerate import PartialState
+
 from llm_unlearn.attacks.attack_data import load_attack_data
 from llm_unlearn.attacks.curve_files import curve_path, draw_curves, first_stamp, metric_names, preferred
 from llm_unlearn.attacks.finetuning import check_precision, finetune_attack
@@ -17,13 +19,15 @@ from llm_unlearn.cli.scoring import load_model_of, statistics_folder
 from llm_unlearn.data.rows import fingerprint
 from llm_unlearn.data.sources import HubOptions, load_source
 from llm_unlearn.errors import UserError
-from llm_unlearn.evaluation.questions import Part
+from llm_unlearn.evaluation.questions import Part, fingerprint_of
 from llm_unlearn.evaluation.results import finite, write_json
 from llm_unlearn.processes import is_first_process
 
 logger = logging.getLogger("llm_unlearn")
 
 UTILITY = "utility"
+LEAST_ROWS = 32
+"""Rows of a set that are followed whatever they cost: fewer say too little."""
 
 
 class Tampering:
@@ -57,6 +61,7 @@ class Tampering:
         # Every set is read before the first step, so that a missing one costs no attack.
         self.options = parsed.flags.tokenize_options(self.checkpoint.context_length)
         self._data = {one.name: self._sequences(one) for one in configurations}
+        self._bound_evaluation()
         flags = parsed.flags
         self._repair = self._named(flags.repair_data, "--repair_data").rows if self._repairs() else None
 
@@ -100,6 +105,7 @@ class Tampering:
             repair_rows=self._repair, repair_steps=flags.repair_steps,
             stop_when=self._enough if flags.stop_at_recovery else None, resume=flags.resume,
             statistics=statistics_folder(self.parsed, checkpoint, self.folder),
+            asked=fingerprint_of(self.scorer.questions),
         )  # fmt: skip
         self._is_changed = run.model is not None
         # The weights of one attack make room for the next.
@@ -237,6 +243,24 @@ class Tampering:
                 "pass --forget_data FILE"
             )
         return scorer
+
+    def _bound_evaluation(self):
+        """Follow the first rows of each set alone where all would cost more than a quarter of the attack.
+
+        A forward costs a third of what training on the same tokens does, so that as many tokens as are trained on
+        between two evaluations are a quarter.
+        """
+        if self.parsed.data.max_eval_samples:
+            return
+        between = []
+        for one in self.configurations:
+            rows, own = self._data[one.name].rows, finetuning_settings(with_changes(self.parsed, one))
+            trained = own.eval_every * own.batch_size * own.grad_accumulation * PartialState().num_processes
+            between.append(trained * sum(len(row["input_ids"]) for row in rows) / len(rows))
+        cut = self.scorer.keep_within(min(between), LEAST_ROWS)
+        if cut:
+            said = ", ".join(f"{name} {rows}" for name, rows in cut.items())
+            logger.info("followed on the first rows alone, for the evaluations' cost: %s (--max_eval_samples)", said)
 
     def _sequences(self, configuration):
         flags = with_changes(self.parsed, configuration).flags
