@@ -1,5 +1,6 @@
 """The documentation: README's commands parse, its Python runs, every method has its section, every flag its help."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -15,6 +16,8 @@ from transformers import TrainingArguments
 
 import llm_unlearn
 from llm_unlearn.arguments import SHARED_FLAGS, DataFlags, EvalFlags, MIAFlags
+from llm_unlearn.attacks.audit_plan import PRESETS
+from llm_unlearn.attacks.parsing import parse_attack
 from llm_unlearn.cli.demo import make_base_model
 from llm_unlearn.data.splits import domain_names
 from llm_unlearn.evaluation.parsing import parse_evaluation, parse_mia
@@ -27,7 +30,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 PAGES += [f"docs/{name}.md" for name in ("data", "methods", "evaluation", "membership", "performance")]
 PAGES += [f"docs/{name}.md" for name in ("inside", "validation", "weights")]
-PAGES += [f"docs/{name}.md" for name in ("distributed", "memory")]
+PAGES += [f"docs/{name}.md" for name in ("distributed", "memory", "attacks")]
 OTHER_COMMANDS = ("make ", "pip ", "git ", "cd ")
 
 
@@ -79,6 +82,37 @@ EVALUATIONS = [words for words in commands(README) + commands(EVALUATION) if "ru
 
 MEMBERSHIP = (ROOT / "docs/membership.md").read_text(encoding="utf-8")
 ATTACKS = [words for words in commands(README) + commands(MEMBERSHIP) if "run_mia.py" in words]
+
+
+ATTACK_PAGE = (ROOT / "docs/attacks.md").read_text(encoding="utf-8")
+SCRIPTS = [words for words in commands(README) + commands(ATTACK_PAGE) if any("llm_unlearn.cli." in w for w in words)]
+FLAGS = {
+    "audit": "AuditFlags", "tamper": "TamperFlags", "relearn": "RelearnFlags", "downstream": "DownstreamFlags",
+    "quantize": "QuantizeFlags", "leak": "LeakFlags", "white_box": "WhiteBoxFlags", "ablate": "AblationFlags",
+}  # fmt: skip
+"""module of llm_unlearn.cli -> the class of its flags"""
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=lambda words: " ".join(words)[-60:])
+def test_commands_of_attacks_parse(words):
+    script = words[2].rpartition(".")[2]
+    flags = words[3:]
+    if script == "report" or "--plot_only" in flags:
+        return
+    module = importlib.import_module(f"llm_unlearn.cli.{script}")
+    if script == "ablate":
+        flags, recipe = module.split_words(flags)
+        assert parse([*recipe, "--target_model_name_or_path", "model", "--domain", "demo"]) is not None
+    if script in ("tamper", "relearn"):
+        flags = module.join_sweeps(flags) if script == "tamper" else flags
+    parsed = parse_attack(flags, getattr(module, FLAGS[script]), script)
+    assert parsed.data.domain in domain_names() and not parsed.notes
+
+
+def test_every_attack_is_on_the_page():
+    assert all(f"llm_unlearn.cli.{script}" in ATTACK_PAGE for script in [*FLAGS, "report"])
+    stages = {stage.name for stages in PRESETS.values() for stage in stages}
+    assert all(f"| `{stage}` |" in ATTACK_PAGE for stage in stages)
 
 
 @pytest.mark.parametrize("words", ATTACKS, ids=lambda words: " ".join(words)[:60])
