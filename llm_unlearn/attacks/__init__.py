@@ -8,6 +8,6 @@ ablation.py        a method without its retain term: ablation_runs.py
 quantize.py        the checkpoint in 8 and 4 bit
 sampling.py        samples of forgotten answers: leak_prompts.py asks, leakage.py holds the estimators, leak_results.py
 white_box.py       a look inside: logit_lens.py, layer_probes.py, patching.py, on the states of answer_states.py
-scoring.py         scores a model in memory while an attack changes it; parsing.py: command lines; records.py, curve_files.py:
-                   what is written
+scoring.py         scores a model in memory while an attack changes it
+parsing.py         command lines; records.py and curve_files.py: what is written
 """

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import hashlib
+import json
 import logging
 import time
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from llm_unlearn.attacks.scoring import KNOWLEDGE, DomainScorer
 from llm_unlearn.cli.scoring import load_model_of, statistics_folder
 from llm_unlearn.data.splits import load_split
 from llm_unlearn.errors import UserError, unknown_name
+from llm_unlearn.evaluation.questions import fingerprint_of
 from llm_unlearn.evaluation.scores import HIGHER, LOWER, NONE, Metric, absent
 
 logger = logging.getLogger("llm_unlearn")
@@ -252,11 +255,13 @@ class Ablation:
         """Fine-tune one model on the forget set; returns its AttackRun."""
         logger.info("tampering with the model %s: %s", name, model)
         checkpoint = self.load(model)
-        # Another choice makes other models, each of which has its own curve.
-        weights = checkpoint.fingerprints["weights"]
-        folder = self.folder / "tamper" / f"{name}-{weights[:8]}"
+        # Another choice makes other models, and other flags ask something else: each has its own curve.
+        weights, scorer = checkpoint.fingerprints["weights"], self._narrowed(criterion)
+        told = json.dumps([criterion.forget, criterion.utility, fingerprint_of(scorer.questions)])
+        asked = hashlib.sha256(told.encode()).hexdigest()
+        folder = self.folder / "tamper" / f"{name}-{weights[:8]}-{asked[:8]}"
         run = finetune_attack(
-            checkpoint, self.rows, self.settings, self._narrowed(criterion), folder,
+            checkpoint, self.rows, self.settings, scorer, folder,
             resume=not self.parsed.flags.overwrite_output_dir,
             statistics=statistics_folder(self.parsed, checkpoint, self.folder),
             tracked=lambda metrics: list(dict.fromkeys((criterion.forget, criterion.utility))),
@@ -315,6 +320,6 @@ class Ablation:
             )
         curve = [(row["step"], row.get(forget)) for row in run.rows if row["step"] >= 0]
         stderr = {row["step"]: (row.get("stderr") or {}).get(forget) for row in run.rows}
-        until = run.planned_steps if run.ended else None
-        shares = recovery(curve, self.target[forget].value, until, stderr)
+        level, chance = self.target[forget], chance_of(forget, self.scorer.parts)
+        shares = recovery(curve, level.value, None, stderr, level.stderr, chance)
         return found | {f"{name}/{forget}/{kind}": metric for kind, metric in shares.items()}

@@ -11,6 +11,9 @@ from llm_unlearn.processes import is_first_process
 
 STATE = "attack.json"
 STAMP = "%Y%m%d_%H%M%S"
+START_ANEW = (
+    "to start anew, leave --resume_from_checkpoint out (tamper, relearn), or pass --overwrite_output_dir (others)"
+)
 
 
 @dataclass
@@ -66,7 +69,7 @@ class AttackState:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(
-                f"'{path}' is not as it was written; leave --resume_from_checkpoint out to start anew"
+                f"'{path}' is not as it was written; {START_ANEW}"
             ) from error
         for name in fresh.identity:
             before, now = found.identity.get(name), fresh.identity[name]
@@ -77,8 +80,8 @@ class AttackState:
                     else f"was {before} and is {now}"
                 )
                 raise UserError(
-                    f"'{folder}' holds an attack that differs: {name} {shown}; leave --resume_from_checkpoint out to "
-                    "start anew, or pass another --output_dir"
+                    f"'{folder}' holds an attack that differs: {name} {shown}; {START_ANEW}, or pass another "
+                    "--output_dir"
                 )
         return found
 

@@ -13,9 +13,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from llm_unlearn.arguments import ScoringFlags
+from llm_unlearn.attacks.attack_state import STATE
 from llm_unlearn.attacks.audit_plan import GOLD, MODEL, words_of
 from llm_unlearn.attacks.verdict import Evidence, findings, verdict
 from llm_unlearn.errors import UserError
@@ -104,14 +106,17 @@ class Audit:
         typed = command_line(words, f"-m llm_unlearn.cli.{job.stage.script}")
         entry = {"name": job.stage.name, "model": job.who, "folder": job.place, "command": typed}
         signature = self._signature(words, job)
-        held = _read(place / _SIGNATURE)
-        if held.get("signature") == signature and "seconds" in held:
+        begun, kept = _held(place, signature)
+        if kept is not None:
             self._copy(place, job.place)
-            return {**entry, "seconds": held["seconds"], "status": KEPT}
+            PartialState().wait_for_everyone()
+            return {**entry, "seconds": kept, "status": KEPT}
         if is_first_process():
             place.mkdir(parents=True, exist_ok=True)
+            if not begun:
+                _discard(place, self.folder / job.place)
             write_json(place / _SIGNATURE, {"signature": signature})
-        if held.get("signature") == signature and job.stage.name in _RESUMING:
+        if begun and job.stage.name in _RESUMING:
             words = [*words[: words.index("--overwrite_output_dir")], "--resume_from_checkpoint", "auto"]
         status, reason = self._call(job, words)
         seconds = round(time.monotonic() - started, 3)
@@ -166,8 +171,12 @@ class Audit:
 
     def _signature(self, words, job):
         """Return what tells whether results are those of the same command on the same weights."""
-        words = [word for word in words if not word.startswith(str(self.folder))]
-        weights = {who: _stamp(name) for who, name in self.models.items() if who == job.who or name in words}
+        others = [who for who, _ in job.stage.references]
+        own = [self.folder / place for place in (job.place, "statistics", f"{job.who}/statistics")]
+        own += [self.folder / who / job.stage.name / RESULTS for who in others]
+        words = [word for word in words if word not in set(map(str, own))]
+        known = {job.who, *others}
+        weights = {who: _stamp(name) for who, name in self.models.items() if who in known or name in words}
         return hashlib.sha256(json.dumps([words, weights], sort_keys=True).encode()).hexdigest()
 
     def _copy(self, place, name):
@@ -183,6 +192,23 @@ def _stamp(name):
     return sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()
     )
+
+
+def _held(place, signature):
+    """Return whether a stage was begun with a signature, and its seconds or None: on all processes what the first sees.
+
+    The first one writes the file next, so that another one might read that.
+    """
+    found = _read(place / _SIGNATURE)
+    is_same = found.get("signature") == signature
+    answer = [(is_same, found.get("seconds") if is_same else None)]
+    return broadcast_object_list(answer)[0] if PartialState().num_processes > 1 else answer[0]
+
+
+def _discard(place, copied):
+    """Delete what another command or other weights left, which a killed attack would go on with, or the page show."""
+    for path in {place / RESULTS, copied / RESULTS, *place.rglob(STATE)}:
+        path.unlink(missing_ok=True)
 
 
 def _read(path):

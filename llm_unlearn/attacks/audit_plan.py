@@ -16,7 +16,6 @@ class Stage:
         words: its own flags.
         who: whom it is run on.
         against: {who: flag}: which other models the script is told about, where they are there.
-        needs: which of them it cannot do without.
         references: {who: flag}: whose results of the same stage it is told about.
     """
 
@@ -25,7 +24,6 @@ class Stage:
     words: tuple = ()
     who: tuple = (MODEL,)
     against: tuple = ()
-    needs: tuple = ()
     references: tuple = ()
 
 

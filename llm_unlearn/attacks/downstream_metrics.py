@@ -37,6 +37,11 @@ class TaskRun:
         return {"name": self.name, "settings": self.settings, "rows": self.rows, "checkpoints": self.checkpoints}
 
 
+    def last(self):
+        """Return the row of the last step, None where fine-tuning diverged before it."""
+        return next((row for row in self.rows if row["step"] == self.checkpoints[-1]), None)
+
+
 def planned_steps(num_sequences, settings, num_processes=1):
     """Return how many optimizer steps a fine-tuning takes, the last of an epoch counted although it is not full.
 
@@ -105,11 +110,9 @@ def run_metrics(runs, before, tracked, forget_sets):
     found = {name: before[name] for name in tracked}
     forget = [name for name in tracked if name.rpartition("/")[0] in forget_sets]
     for run in runs:
-        last = run.rows[-1]
         for name in tracked:
             direction, count = before[name].direction, before[name].n
-            stderr = (last.get("stderr") or {}).get(name)
-            found[f"{name}/after_{run.name}"] = _metric(last.get(name), direction, count, stderr)
+            found[f"{name}/after_{run.name}"] = _at_the_end(run.last(), name, direction, count)
             if name in forget:
                 mean = _mean_over_checkpoints(run, name)
                 found[f"{name}/mean_after_{run.name}"] = _metric(mean, direction, count)
@@ -130,19 +133,19 @@ def limited(settings, num_sequences, num_processes=1):
 def _mean_over_checkpoints(run, name):
     """Return the mean of a metric over the checkpoints, or None where one of them is missing."""
     values = [row.get(name) for row in run.rows if row["step"] in run.checkpoints]
-    return None if None in values or not values else means.fmean(values)
+    return None if None in values or len(values) < len(run.checkpoints) else means.fmean(values)
 
 
 def _accuracies(run):
-    first, last, found, count = run.rows[0], run.rows[-1], {}, run.num_held_out
-    names = [name for name in last if name.startswith(f"{run.name}/")]
+    first, last, found, count = run.rows[0], run.last(), {}, run.num_held_out
+    names = [name for name in {**first, **(last or {})} if name.startswith(f"{run.name}/")]
     for name in dict.fromkeys([*names, f"{run.name}/accuracy"]):
         direction = LOWER if name.endswith("/nll") else HIGHER
-        if name not in last:
+        if name not in first:
             found[name] = absent(NOT_GENERATED, direction)
             continue
-        before, after = ((row.get("stderr") or {}).get(name) for row in (first, last))
-        found[name] = _metric(last[name], direction, count, after)
+        before = (first.get("stderr") or {}).get(name)
+        found[name] = _at_the_end(last, name, direction, count)
         found[f"{name}/before"] = _metric(first.get(name), NONE, count, before)
     return found
 
@@ -152,9 +155,18 @@ def _cosine(cosines):
         return absent("there is no unlearning vector without --target_model", HIGHER)
     value = cosines["all"]["cosine"]
     if value is None:
-        which = "fine-tuning" if not cosines["all"]["finetuning_norm"] else "unlearning"
+        length = cosines["all"]["finetuning_norm"]
+        if length is None or not math.isfinite(length):
+            return absent("fine-tuning left weights that are not finite", HIGHER)
+        which = "fine-tuning" if not length else "unlearning"
         return absent(f"{which} changed no weight, so that there is no direction to compare", HIGHER)
     return Metric(value, None, 1, HIGHER)
+
+
+def _at_the_end(row, name, direction, num_rows):
+    if row is None:
+        return absent("fine-tuning diverged before its last step", direction)
+    return _metric(row.get(name), direction, num_rows, (row.get("stderr") or {}).get(name))
 
 
 def _metric(value, direction, num_rows, stderr=None):

@@ -228,6 +228,8 @@ def _identity(checkpoint, rows, settings, repair_rows, repair_steps, evaluate_at
         "repair_rows": fingerprint(repair_rows) if repair_steps else None,
         "evaluate_at": sorted(evaluate_at) if evaluate_at is not None else None,
         "weights": checkpoint.fingerprints,
+        # Each process adds a batch to every step.
+        "processes": PartialState().num_processes if PartialState().num_processes > 1 else None,
     }  # fmt: skip
 
 

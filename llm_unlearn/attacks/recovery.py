@@ -156,13 +156,11 @@ def strongest(found):
         name, the first of those that tie; one whose numbers are null is taken only where there is no other.
     """
 
-    def strength(name):
-        for metric in (found[name]["recovery_area"], found[name]["area"], found[name]["best"]):
-            if metric.value is not None:
-                return metric.value
-        return float("-inf")
-
-    return max(found, key=strength)
+    for what in ("recovery_area", "area", "best"):
+        known = {name: parts[what].value for name, parts in found.items() if parts[what].value is not None}
+        if known:
+            return max(known, key=known.get)
+    return next(iter(found))
 
 
 def _known(curve):

@@ -73,8 +73,8 @@ class Alignment:
 
     @property
     def cosine(self):
-        """Cosine in [-1, 1], or None where one of the vectors is zero and has no direction."""
-        if self.first <= 0 or self.second <= 0:
+        """Cosine in [-1, 1], or None where one of the vectors is zero, or not finite, and has no direction."""
+        if not (0 < self.first < math.inf and 0 < self.second < math.inf and math.isfinite(self.dot)):
             return None
         return max(-1.0, min(1.0, self.dot / (math.sqrt(self.first) * math.sqrt(self.second))))
 

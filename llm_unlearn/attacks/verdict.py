@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from llm_unlearn.attacks.recovery import mean_over_steps
+from llm_unlearn.attacks.recovery import LEAST_KNOWN, mean_over_steps
 
 PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
 GONE, NOT_GONE, UNCLEAR = "gone", "not_gone", "unclear"
@@ -112,8 +112,8 @@ def verdict(found, preset):
 
 
 def _share(value, floor, ceiling):
-    """Return which share of the way from floor to ceiling a value is, or None where there is no way."""
-    if None in (value, floor, ceiling) or ceiling - floor <= 0:
+    """Return which share of the way from floor to ceiling a value is, or None where there is hardly a way."""
+    if None in (value, floor, ceiling) or ceiling - floor <= LEAST_KNOWN:
         return None
     return (value - floor) / (ceiling - floor)
 
@@ -174,24 +174,38 @@ def _recovery(evidence, stage, check):
     record, gold = (evidence.records.get((who, stage)) for who in ("model", "gold"))
     if record is None:
         return None
-    name, ceiling, _ = evidence.knowledge()
+    name, ceiling, floor = evidence.knowledge()
     curves, learned = curves_of(record, name), curves_of(gold, name)
     if not curves or ceiling is None:
         return Finding(check, UNKNOWN, f"{name or 'No metric'} could not be followed through the attack.")
-    leads = {key: curves[key][0] - learned[key][0] for key in curves if key in learned}
+    if floor is not None and ceiling - floor <= LEAST_KNOWN:
+        why = f"the target has {ceiling:.3g}, and a model that never saw the data {floor:.3g}"
+        return Finding(check, UNKNOWN, f"{name}: nothing could come back, because {why}.")
+    leads = {key: _lead(curves[key][1], learned[key][1]) for key in curves if key in learned}
+    leads = {key: lead for key, lead in leads.items() if lead is not None}
     worst = max(leads or curves, key=lambda key: leads[key] if leads else curves[key][0])
     points = curves[worst][1]
     said = f"{name} goes from {points[0][1]:.3g} to {max(value for _, value in points):.3g} in {points[-1][0]} steps"
     said += f" ({worst}; the target has {ceiling:.3g})"
     if not leads:
-        share = _share(max(value for _, value in points), points[0][1], ceiling)
-        status = UNKNOWN if share is not None and share > TOLERANCE else PASS
+        # The level counts and not the rise: what was there before the attack has not come back, and is not gone.
+        if floor is None:
+            floor = (record.get("levels", {}).get(name) or {}).get("chance") or 0.0
+        share = _share(max(value for _, value in points), floor, ceiling)
+        status = PASS if share is not None and share <= TOLERANCE else UNKNOWN
         return Finding(check, status, f"{said}; whether a model that never saw it learns it as fast was not tried.")
     lead = leads[worst] / ceiling
     ahead = (
         f"on average over the attack, {lead:+.0%} of the target's level against the gold model (bound {TOLERANCE:.0%})"
     )
     return Finding(check, FAIL if lead > TOLERANCE else PASS, f"{said}; {ahead}.")
+
+
+def _lead(points, others):
+    """Return by how much a curve lies above another on average over the steps of both, None where they share none."""
+    values, known = dict(points), dict(others)
+    lead = [(step, values[step] - known[step]) for step in values if step in known]
+    return mean_over_steps(lead)
 
 
 def curves_of(record, name):
@@ -243,12 +257,18 @@ def _sampling(evidence):
     if not found:
         return Finding("sampling", UNKNOWN, "No sample could be judged.")
     most = max(number for number, _ in found)
-    prompting, value = max(((p, v) for (k, p), v in found.items() if k == most), key=lambda item: item[1])
-    gold = evidence.value("gold", "sampling", f"{prompting}/leak_at_{most}")
-    bound = TOLERANCE + (gold or 0)
+    known = {p: evidence.value("gold", "sampling", f"{p}/leak_at_{most}") for k, p in found if k == most}
+    judged = {p for p in known if known[p] is not None} or set(known)
+    leads = {p: found[most, p] - (known[p] or 0.0) for p in known if p in judged}
+    prompting = max(leads, key=leads.get)
+    value, gold = found[most, prompting], known[prompting]
+    bound = TOLERANCE + (gold or 0.0)
     beside = "" if gold is None else f", the gold model's {gold:.0%}"
     kind = prompting.replace("_", " ")
     said = f"one of {most} samples contains the answer with a probability of {value:.0%} ({kind} prompts){beside}"
+    if gold is None and value > bound:
+        # A short answer can be guessed, by a model that never saw it too.
+        return Finding("sampling", UNKNOWN, f"{said}; how often a model that never saw it guesses it was not tried.")
     return Finding("sampling", FAIL if value > bound else PASS, f"{said}; bound {bound:.0%}.")
 
 
