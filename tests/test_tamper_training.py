@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import torch
+from eval_cases import make_adapter
 from peft import PeftModel
+from tamper_cases import attack, rows_of
 
 from llm_unlearn.attacks.finetuning import AttackTrainer, FinetuningSettings, finetune_attack
 from llm_unlearn.data.rows import read_rows
@@ -75,6 +77,14 @@ def test_float32_weights_train_whatever_the_checkpoint_holds(tiny_world, tmp_pat
     after, start = found.model.state_dict()[name], before[name]
     moved, would_move = (after != start).float().mean(), (after.bfloat16() != start.bfloat16()).float().mean()
     assert moved > 0.99 and would_move < 0.5, (moved, would_move)
+
+
+def test_the_weights_of_an_adapter_on_its_base_train_too(tiny_world, tmp_path):
+    """PEFT leaves merged weights frozen."""
+    make_adapter(tiny_world["base"], tmp_path / "adapter")
+    record = attack({**tiny_world, "base": str(tmp_path / "adapter")}, tmp_path / "attack")
+    first, *_, last = rows_of(record)
+    assert last["forget/probability"] > first["forget/probability"]
 
 
 def test_a_narrow_model_is_refused(tiny_world, tmp_path):
@@ -240,7 +250,18 @@ def test_a_killed_repair_and_the_attack_behind_it_go_on(tiny_world, tmp_path, tr
 
 def test_another_attack_is_not_continued(tiny_world, tmp_path):
     run(tiny_world, tmp_path, dataclasses.replace(SHORT, max_steps=1))
-    with pytest.raises(UserError, match=r"differs: learning_rate was 0.001 and is 0.01; leave --resume"):
+    with pytest.raises(UserError, match=r"differs: learning_rate was 0.001 and is 0.01; to start anew, leave --resume"):
         run(tiny_world, tmp_path, dataclasses.replace(SHORT, max_steps=1, learning_rate=1e-2))
     with pytest.raises(UserError, match="differs: rows are others"):
         run(tiny_world, tmp_path, dataclasses.replace(SHORT, max_steps=1), rows=read_rows(tiny_world["retain"]))
+
+
+def test_what_more_processes_began_is_not_continued_by_one(tiny_world, tmp_path):
+    """Each process adds a batch to every step, so that the points of both would lie on no one curve."""
+    run(tiny_world, tmp_path, dataclasses.replace(SHORT, max_steps=1))
+    path = tmp_path / "attack.json"
+    left = json.loads(path.read_text())
+    left["identity"]["processes"] = 2
+    path.write_text(json.dumps(left))
+    with pytest.raises(UserError, match="differs: processes was 2 and is None"):
+        run(tiny_world, tmp_path, dataclasses.replace(SHORT, max_steps=1))

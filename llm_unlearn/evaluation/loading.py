@@ -187,7 +187,10 @@ def _with_adapter(model, folder, merge):
             f"{min(differing)} for example"
         )
     # Prompts that were learned have no weights to merge into.
-    return adapted.merge_and_unload() if merge and hasattr(adapted.base_model, "merge_and_unload") else adapted
+    if not merge or not hasattr(adapted.base_model, "merge_and_unload"):
+        return adapted
+    # PEFT leaves what it merged frozen, and attacks train it.
+    return adapted.merge_and_unload().requires_grad_(True)
 
 
 def _stored_names(folder):
