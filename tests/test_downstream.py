@@ -195,8 +195,20 @@ def test_metrics_by_hand():
     assert found["a/accuracy"].n == 50 and found["accuracy/mean"].value == pytest.approx(0.7)
     assert found["cosine/a"] == Metric(-0.25, None, 1, HIGHER)
     assert found["cosine/b"].reason == "unlearning changed no weight, so that there is no direction to compare"
+    runs[0].cosines = {"all": {"cosine": None, "finetuning_norm": None, "unlearning_norm": 1.0}}
+    assert "not finite" in run_metrics(runs, before, [], set())["cosine/a"].reason
     runs[0].cosines = None
     assert "--target_model" in run_metrics(runs, before, [], set())["cosine/a"].reason
+
+
+def test_what_diverged_has_no_numbers_after_it():
+    rows = [{"step": step, "forget/probability": 0.1 + step / 100, "t/accuracy": 0.5} for step in (0, 10)]
+    before = {"forget/probability": Metric(0.1, 0.02, 40, LOWER)}
+    found = run_metrics([TaskRun("t", rows, [10, 20], None, 50, {}, {})], before, list(before), {"forget"})
+    for name in ("forget/probability/after_t", "t/accuracy"):
+        assert found[name].value is None and "diverged before its last step" in found[name].reason
+    assert found["forget/probability/mean_after_t"].value is found["forget/probability/mean_after"].value is None
+    assert found["t/accuracy/before"].value == 0.5
 
 
 # ---- The command ----

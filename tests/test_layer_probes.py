@@ -94,6 +94,14 @@ def test_members_are_told_from_others_by_what_is_planted():
     assert np.abs(fit.control.mean(1) - 0.5).max() < 0.2
 
 
+def test_a_row_that_stands_there_twice_is_in_one_fold():
+    """Equal rows in training and test would be recognized, whatever they say of members."""
+    rows = [[Sequence((4, 5, token), (1, 2))] for token in range(6, 14)]
+    task = member_task([*rows[:4], *rows[:4]], [*rows[4:], rows[4]])
+    assert task.examples == rows and task.labels.tolist() == [1] * 4 + [0] * 4
+    assert member_task([rows[0]] * 9, rows[4:]) is None
+
+
 class TestTasks:
     def row(self, index, prompt=(4, 5), eos=()):
         answers = [Sequence((*prompt, index, token, *eos), (2, 3)) for token in (10, 11, 12)]
@@ -113,24 +121,25 @@ class TestTasks:
         assert ending(Sequence((1,), ()), 1).ids == (1, 0)
 
     def test_members_stand_before_others(self):
-        task = member_task([["a"]] * 4, [["b"]] * 5)
-        assert task.labels.tolist() == [1] * 4 + [0] * 5 and not task.is_matched and task.examples[4] == ["b"]
-        assert member_task([["a"]] * 3, [["b"]] * 5) is None
+        rows = [[Sequence((4, token), (1,))] for token in range(9)]
+        task = member_task(rows[:4], rows[4:])
+        assert task.labels.tolist() == [1] * 4 + [0] * 5 and not task.is_matched and task.examples == rows
+        assert member_task(rows[:3], rows[4:]) is None
 
 
 @pytest.mark.parametrize("bounds", [BOUNDS, Bounds(95, pad_columns=4), Bounds(0, max_sequences=1)])
 def test_states_are_those_of_the_layers(bounds):
     """By a plain forward, one row at a time: the mean over where the answer is predicted, and the last token's own."""
-    model, rows = make_lively(), random_rows()
-    task = member_task([row.sequences for row in rows[:2]] * 2, [[ending(row.sequences[0])] for row in rows[2:]])
+    model, rows = make_lively(), random_rows(8)
+    task = member_task([row.sequences for row in rows[:4]], [[ending(row.sequences[0])] for row in rows[4:]])
     found = pooled_states(model, task, bounds)
     assert found.shape == (6, 8, 32)
     for number in (0, 1, 4, 7):
-        sequence = rows[number if number < 2 else number - 2].sequences[0]
+        sequence = rows[number].sequences[0]
         with torch.no_grad(), capture(*decoder_layers(model)) as hidden:
             model(input_ids=torch.tensor([sequence.ids]), use_cache=False)
         states = torch.stack([model.get_input_embeddings()(torch.tensor([sequence.ids])), *hidden])[:, 0]
-        expected = states[:, torch.tensor(sequence.scored) - 1].mean(1) if number < 2 else states[:, -1]
+        expected = states[:, torch.tensor(sequence.scored) - 1].mean(1) if number < 4 else states[:, -1]
         assert np.allclose(found[:, number], expected.detach(), atol=1e-4)
 
 

@@ -120,6 +120,10 @@ def test_the_strongest_attack():
     assert strongest(raw) == "fast"
     failed = recovery([(0, None), (20, None)], 0.9)
     assert strongest({"failed": failed, "slow": slow}) == "slow" and strongest({"failed": failed}) == "failed"
+    # Its mean value of .5 is no share, and more than the .42 of the slow one.
+    started_late = recovery([(0, None), (10, 0.5), (20, 0.5)], 0.9)
+    assert started_late["area"].value == 0.5 > slow["recovery_area"].value
+    assert strongest({"late": started_late, "slow": slow}) == "slow"
 
 
 def test_which_metrics_are_followed():

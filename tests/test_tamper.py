@@ -161,6 +161,24 @@ def test_drawing_anew_loads_no_torch(attacked, tmp_path):
     assert (tmp_path / "results.png").is_file()
 
 
+ROW = {"step": 0, "forget/probability": 0.1}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        5, [1], {"curves": [1]}, {"curves": []}, {"curves": [{"rows": [ROW]}]}, [{**ROW, "step": "a"}],
+        [{**ROW, "forget/probability": "x"}],
+    ],
+)  # fmt: skip
+def test_what_holds_no_rows_is_refused(tmp_path, capsys, contents):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(contents))
+    assert "holds no rows of an attack" in said(capsys, ["--plot_only", str(path)])
+    path.write_text(json.dumps([ROW, {**ROW, "step": 5, "forget/probability": None}]))
+    assert tamper.main(["--plot_only", str(path)]) == 0
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [

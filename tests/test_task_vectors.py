@@ -55,6 +55,9 @@ def test_a_vector_of_length_zero_has_no_direction():
     assert found["layer 0"].cosine is None and found["head"].cosine is None
     assert task_vector_cosines(*in_memory(UNLEARNED, UNLEARNED, TARGET))["all"].cosine is None
     assert Alignment().as_dict()["cosine"] is None
+    broken = Alignment(math.nan, math.inf, 1.0).as_dict()
+    assert broken == {"cosine": None, "finetuning_norm": None, "unlearning_norm": 1.0}
+    assert Alignment(math.nan, math.nan, 1.0).cosine is None
 
 
 def test_fine_tuning_that_goes_straight_back_or_on_is_minus_one_or_one():

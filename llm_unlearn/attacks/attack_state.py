@@ -68,9 +68,7 @@ class AttackState:
         try:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(
-                f"'{path}' is not as it was written; {START_ANEW}"
-            ) from error
+            raise UserError(f"'{path}' is not as it was written; {START_ANEW}") from error
         for name in fresh.identity:
             before, now = found.identity.get(name), fresh.identity[name]
             if before != now:

@@ -30,7 +30,7 @@ AUDIT, PAGE = "audit.json", "audit.html"
 DONE, KEPT, NOT_APPLICABLE, FAILED = "done", "kept", "not_applicable", "failed"
 _SIGNATURE = "stage.json"
 _RESUMING = ("relearn", "tamper")
-"""Stages that go on where they were killed, if the command has not changed."""
+"""Stages that go on where they were killed, if the command has not changed; they train float32, and refuse --dtype."""
 _OWN = {"output_dir", "overwrite_output_dir", "do_eval", "statistics_dir", "model_name_or_path"}
 
 
@@ -144,7 +144,7 @@ class Audit:
         return DONE, None
 
     def _words(self, job):
-        words = words_of(job, self.models, self._place, [*self._shared(job.who), *self._kept(job)])
+        words = words_of(job, self.models, self._place, [*self._shared(job), *self._kept(job)])
         if job.stage.name in ("relearn", "tamper") and self.parsed.flags.attack_lr:
             place = words.index("--sweep") + 1
             rest = [part for part in words[place].split(";") if not part.startswith("lr=")]
@@ -155,16 +155,17 @@ class Audit:
         """Return the flag of the answers by example, shared by all stages on one model, and by other audits."""
         return ["--statistics_dir", str(self._place("statistics" if job.who == MODEL else f"{job.who}/statistics"))]
 
-    def _shared(self, who):
+    def _shared(self, job):
         """Return the flags of the audit that all its scripts get, where they are not the defaults."""
         parsed, words = self.parsed, []
+        own = _OWN | {"dtype"} if job.stage.name in _RESUMING else _OWN
         scoring = [field for field in fields(ScoringFlags) if field.name not in _OWN]
         described = [(parsed.flags, scoring), (parsed.data, fields(parsed.data)), (parsed.model, fields(parsed.model))]
         for holder, declared in described:
             for field in declared:
                 value = getattr(holder, field.name)
-                is_other = field.name == "model_revision" and who != MODEL
-                if value is None or value == field.default or isinstance(value, list) or field.name in _OWN or is_other:
+                is_other = field.name == "model_revision" and job.who != MODEL
+                if value is None or value == field.default or isinstance(value, list) or field.name in own or is_other:
                     continue
                 words += [f"--{field.name}", str(value)]
         return words

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 MODEL, TARGET, GOLD = "model", "target", "gold"
 _RATES = "lr=2e-5,2e-4,2e-3"
+_TASKS = "gsm8k,agnews,sst2,winogrande,mnli,qqp"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ PRESETS = {
         _quantization("int8,nf4,fp4"),
         _sampling("--k", "1,4,16,64,128", "--num_samples", "128"),
         _inside(),
-        _downstream(),
+        _downstream("--tasks", _TASKS, "--num_train_examples", "2000"),
     ),
 }  # fmt: skip
 """preset -> its stages, in their order"""

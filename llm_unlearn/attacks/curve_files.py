@@ -60,9 +60,8 @@ def redraw(path, title=None):
     if isinstance(contents, list):
         curves = [{"name": "", "rows": contents}]
     else:
-        curves = contents.get("curves")
-    is_curve = isinstance(curves, list) and curves and all(_is_rows(curve.get("rows")) for curve in curves)
-    if not is_curve:
+        curves = contents.get("curves") if isinstance(contents, dict) else None
+    if not (isinstance(curves, list) and curves and all(map(_is_curve, curves))):
         raise UserError(
             f"--plot_only '{path}' holds no rows of an attack; pass a tamper_results_*.json, or the results.json beside"
         )
@@ -94,8 +93,18 @@ def _results_of(path):
     return {}
 
 
+def _is_curve(curve):
+    return isinstance(curve, dict) and isinstance(curve.get("name"), str) and _is_rows(curve.get("rows"))
+
+
 def _is_rows(rows):
-    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and "step" in row for row in rows)
+    return isinstance(rows, list) and bool(rows) and all(map(_is_row, rows))
+
+
+def _is_row(row):
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return False
+    return all(isinstance(row[name], int | float | None) for name in metric_names([row]))
 
 
 def draw_curves(path, curves, levels, forget=None, utility=None, title=None):

@@ -36,7 +36,6 @@ class TaskRun:
         """Return the curve as the report reads it."""
         return {"name": self.name, "settings": self.settings, "rows": self.rows, "checkpoints": self.checkpoints}
 
-
     def last(self):
         """Return the row of the last step, None where fine-tuning diverged before it."""
         return next((row for row in self.rows if row["step"] == self.checkpoints[-1]), None)
@@ -156,7 +155,7 @@ def _cosine(cosines):
     value = cosines["all"]["cosine"]
     if value is None:
         length = cosines["all"]["finetuning_norm"]
-        if length is None or not math.isfinite(length):
+        if length is None:
             return absent("fine-tuning left weights that are not finite", HIGHER)
         which = "fine-tuning" if not length else "unlearning"
         return absent(f"{which} changed no weight, so that there is no direction to compare", HIGHER)

@@ -91,14 +91,24 @@ def member_task(members, others):
     The state of a row is the mean over its answer, or over its whole text. The two sets may differ in more than who saw
     them: what their words alone tell is read off the embeddings (layer -1), and off a gold model.
 
+    Of rows that are equal, the first counts, so that none is in training and test at once.
+
     Args:
         members: for each forget row its list of Sequence.
         others: the same of the holdout.
     """
+    members, others = _distinct(members), _distinct(others)
     if min(len(members), len(others)) < FEWEST_GROUPS:
         return None
     labels = np.array([1] * len(members) + [0] * len(others))
     return ProbeTask([*members, *others], labels, np.arange(len(labels)), False)
+
+
+def _distinct(rows):
+    first = {}
+    for row in rows:
+        first.setdefault(tuple(sequence.key for sequence in row), row)
+    return list(first.values())
 
 
 def members_and_others(data, tokenizer, options):

@@ -38,8 +38,7 @@ def probe_row(probe, samples, greedy, logp, settings):
         probe: leak_prompts.Probe.
         samples: list of generation.Generation.
         greedy: Generation.
-        logp: log-probability of the whole answer behind the prompt, nats, or None. It bounds nothing, and is left out,
-            where a sample is too short for the answer, or the answer is no leak.
+        logp: log-probability of the whole answer behind the prompt, nats, or None.
         settings: leak_prompts.PromptingSettings.
     Returns:
         row of per_example.jsonl.
@@ -47,8 +46,6 @@ def probe_row(probe, samples, greedy, logp, settings):
     texts = [sample.text for sample in samples]
     scores = {text: probe.score(text, settings) for text in {*texts, greedy.text}}
     leaks = sum(probe.leaks(scores[text], settings) for text in texts)
-    if logp is not None and not _can_be_drawn(probe, settings):
-        logp = None
     return {
         "prompting": probe.prompting,
         "split": probe.split,
@@ -66,12 +63,6 @@ def probe_row(probe, samples, greedy, logp, settings):
         "sample": max(texts, key=lambda text: (scores[text], -len(text))),
         "finished_share": float(np.mean([sample.finished for sample in samples])),
     }
-
-
-def _can_be_drawn(probe, settings):
-    """Return whether a sample has room for the whole answer, and leaks if it is that."""
-    length = len(probe.sequence.ids) - len(probe.prompt.ids) if probe.sequence is not None else 0
-    return length <= probe.prompt.max_new_tokens and probe.leaks(probe.score(probe.answer, settings), settings)
 
 
 def findings_of(rows, missing, ks, num_samples, is_tempered, seed):
@@ -115,7 +106,7 @@ def _add_bound(found, name, rows, k, is_tempered, seed):
         reason = _TEMPERED if is_tempered else "a secret within a text has no likelihood that ends with it"
         found.metrics[name] = absent(reason, LOWER)
         return
-    # An answer whose likelihood is unknown, because it does not fit context or sample, is bounded by nothing but zero.
+    # An answer whose likelihood is unknown, because it does not fit the context, is bounded by nothing but zero.
     _add(found, name, at_least_once([probability or 0.0 for probability in known], k), seed)
 
 

@@ -111,7 +111,8 @@ def at_least_once(probabilities, k):
     """Probability that an event of probability p happens in at least one of k independent trials: 1 - (1 - p)^k.
 
     With p = exp(sum of log p(token)) of the whole answer, its end included, this is a lower bound of leak@k at
-    temperature 1: a sample that is the answer word for word contains it, and others may.
+    temperature 1 where samples have room for the answer: one that is the answer word for word contains it, and others
+    may.
 
     Args:
         probabilities: (N,) in [0, 1].

@@ -79,10 +79,10 @@ class Alignment:
         return max(-1.0, min(1.0, self.dot / (math.sqrt(self.first) * math.sqrt(self.second))))
 
     def as_dict(self):
-        """Return cosine and the two norms, for JSON."""
-        return {
-            "cosine": self.cosine, "finetuning_norm": math.sqrt(self.first), "unlearning_norm": math.sqrt(self.second)
-        }  # fmt: skip
+        """Return cosine and the two norms, for JSON; a norm that is not finite is None."""
+        norms = {"finetuning_norm": self.first, "unlearning_norm": self.second}
+        found = {name: math.sqrt(square) if math.isfinite(square) else None for name, square in norms.items()}
+        return {"cosine": self.cosine, **found}
 
 
 def task_vector_cosines(finetuned, unlearned, target):

@@ -222,6 +222,26 @@ def _configuration_fingerprint(*folders):
     return digest.hexdigest()
 
 
+def load_tokenizer_of(name, flags, hub):
+    """Load the tokenizer of a model without the model.
+
+    Args:
+        name: folder or name on the Hub.
+        flags: TokenizerFlags.
+        hub: revision, cache_dir, token, trust_remote_code.
+    Returns:
+        its tokenizer.
+    Raises:
+        UserError: no such model, no weights, an adapter without its base, no tokenizer.
+    """
+    folder, adapter = Path(name), check_name(name)
+    try:
+        return _tokenizer(name, _base_of(folder, adapter) if adapter else name, flags, hub)
+    except UserError as error:
+        about = "" if folder.is_dir() else f"'{name}' is no folder here, and not on the Hub: "
+        raise UserError(f"{about}{error}") from error
+
+
 def _tokenizer(name, base, flags, hub):
     if flags.tokenizer_name:
         return load_tokenizer(flags.tokenizer_name, **hub)

@@ -76,9 +76,15 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_output_directory(folder, model, domain, overwrite):
+def check_output_directory(folder, model, domain, overwrite, kind=None):
     """Refuse a directory that holds the results of something else.
 
+    Args:
+        folder: where results are to go.
+        model: that is scored.
+        domain: that it is scored on.
+        overwrite: whether other results may be lost.
+        kind: of the results that are to come; None: of any kind.
     Raises:
         UserError: a file, a directory that cannot be written, or one with other results.
     """
@@ -96,6 +102,11 @@ def check_output_directory(folder, model, domain, overwrite):
         raise UserError(
             f"--output_dir '{folder}' holds the results of {found.get('model')} on {found.get('domain')}; pass "
             "--overwrite_output_dir or another"
+        )
+    if kind and found.get("kind", kind) != kind:
+        raise UserError(
+            f"--output_dir '{folder}' holds results of the kind {found['kind']}, which those of the kind {kind} would "
+            "replace; pass --overwrite_output_dir or another"
         )
 
 
