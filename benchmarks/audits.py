@@ -17,6 +17,7 @@ from pathlib import Path
 from composition_report import shown as mean_with_interval
 from unlearning_tiny import command, demo_world, recipes
 
+from llm_unlearn.attacks.recovery import steps_to
 from llm_unlearn.attacks.verdict import curves_of
 from llm_unlearn.cli.audit import main as audit
 from llm_unlearn.cli.demo import NPO_FLAGS, TARGET_FLAGS
@@ -28,8 +29,10 @@ NAIVE = {
     "gradient_ascent": "--learning_rate 7e-4 --max_steps 20 --per_device_train_batch_size 8",
     "grad_diff": "--learning_rate 1e-3 --num_train_epochs 8 --retain_weight 3",
     "npo": NPO_FLAGS,
+    "retrain": TARGET_FLAGS,
 }
-"""method -> its flags, where recipes/tiny has none"""
+"""method -> its flags, where recipes/tiny has none; retrain, by another seed than the gold model's, is the control"""
+GOLD_SEED = 42
 KNOWLEDGE = "forget/probability"
 COLUMNS = {
     "forget prob.": ("eval", KNOWLEDGE),
@@ -56,7 +59,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     world = demo_world(args.output_dir / "demo")
-    gold = make_gold(world)
+    gold = str(retrained(world, world.folder / "gold", GOLD_SEED))
     known = {**NAIVE, **recipes("demo")}
     unknown = [name for name in args.methods or () if name not in known]
     if unknown:
@@ -73,19 +76,21 @@ def main(argv=None):
     return 0
 
 
-def make_gold(world):
-    """Return the folder of the model retrained without the forget set, made where it is missing."""
-    gold = world.folder / "gold"
-    if not (gold / "manifest.json").is_file():
+def retrained(world, folder, seed):
+    """Return the folder of a model retrained without the forget set, made where it is missing."""
+    if not (folder / "manifest.json").is_file():
         words = ["--unlearn_method", "retrain", "--model_name_or_path", world.early, "--domain", "custom"]
-        words += ["--retain_data", world.retain, *TARGET_FLAGS.split(), "--output_dir", str(gold)]
-        _run(unlearn, [*words, "--save_strategy", "no", "--use_cpu", "True", "--overwrite_output_dir"])
-    return str(gold)
+        words += ["--retain_data", world.retain, *TARGET_FLAGS.split(), "--seed", str(seed)]
+        words += ["--output_dir", str(folder), "--save_strategy", "no", "--use_cpu", "True"]
+        _run(unlearn, [*words, "--overwrite_output_dir", "--disable_tqdm", "True"])
+    return folder
 
 
 def unlearned(name, world, seed):
     """Return the folder of what a method made of the target with a seed."""
     folder = world.folder / f"{name}-{seed}"
+    if name == "retrain":
+        return retrained(world, folder, seed)
     if not (folder / "manifest.json").is_file():
         if name in NAIVE:
             words = ["--unlearn_method", name, "--target_model_name_or_path", world.model, *world.data()]
@@ -145,8 +150,7 @@ def relearning(place, target, who="."):
         return {}
     worst = max(shared, key=lambda key: model[key][0] - gold[key][0])
     mean, points = (gold if who == "gold" else model)[worst]
-    half = target["forget prob."] / 2
-    reached = next((step for step, value in points if value >= half), None)
+    reached = steps_to(points, target["forget prob."] / 2)
     return {"relearn, mean": mean, "steps to half": reached, "lead of gold": mean - gold[worst][0], "rate": worst}
 
 

@@ -53,9 +53,9 @@ def test_a_row(place):
     assert row["forget prob."] == 0.1 and row["utility"] == 0.5 and row["UDS"] is None
     assert row["leak@16"] == 0.3  # the prompting that leaks most, at that k
     assert row["failed"] == ["relearning"] and row["rate"] == "gentle"
-    # (.1 + 2 * .5 + .7) / 4 = .45, the gold model's .1; half of the target's .9 is passed at step 5.
+    # (.1 + 2 * .5 + .7) / 4 = .45, the gold model's .1; .45, half of the target's .9, is reached at 5 * .35 / .4.
     assert row["relearn, mean"] == pytest.approx(0.45) and row["lead of gold"] == pytest.approx(0.35)
-    assert row["steps to half"] == 5
+    assert row["steps to half"] == pytest.approx(4.375)
     assert row["gold"]["relearn, mean"] == pytest.approx(0.1) and row["gold"]["steps to half"] is None
     assert row["target"]["forget prob."] == 0.9 and row["target"].get("relearn, mean") is None
 
