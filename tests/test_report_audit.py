@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from audit_world import curve, dashes, lines_of, rows, write_audit
+from audit_world import FINDINGS, curve, dashes, lines_of, rows, write_audit
 from report_world import Page, forget_and_retain, metric, report, write_result
 
 from llm_unlearn.cli.report import main
@@ -75,6 +75,30 @@ def test_the_verdict_is_a_word_and_a_shape(page):
     assert "Without a result: white_box of the audited model (failed);" in section.text
     shapes = [symbol for symbol in page.root.all("symbol") if symbol["id"].startswith("status-")]
     assert len({symbol.all()[0].get("d") or symbol.all()[0].tag for symbol in shapes}) == 3
+
+
+def test_the_counts_are_those_of_the_headline(tmp_path):
+    """A check of the utility says nothing about what was to go, so that the headline leaves it out."""
+    folder = write_audit(tmp_path / "audit")
+    record = json.loads((folder / "audit.json").read_text())
+    record["verdict"]["findings"].append({"check": "utility", "status": "fail", "sentence": "half is left."})
+    (folder / "audit.json").write_text(json.dumps(record))
+    said = Page(make_audit_page(folder)).root.one("section", id="verdict").text
+    assert "of 3 checks of forgetting, 1 failed, 1 passed and 1 could not be judged; utility failed." in said
+
+
+def test_audits_of_one_model_are_told_apart_and_their_checks_are_in_order(tmp_path):
+    for name, domain in (("first", "tofu"), ("second", "custom")):
+        folder = write_audit(tmp_path / "runs" / name)
+        record = json.loads((folder / "audit.json").read_text())
+        record["domain"] = domain
+        if name == "first":
+            record["verdict"]["findings"] = [FINDINGS[2]]
+        (folder / "audit.json").write_text(json.dumps(record))
+    table = report(tmp_path).root.one("table", id="verdicts")
+    heads = [cell.text for cell in table.one("thead").all("th")]
+    assert any("npo on tofu" in head for head in heads) and any("npo on custom" in head for head in heads)
+    assert [row[0] for row in rows(table)] == ["verdict", "answers", "relearning", "depth"]
 
 
 def test_the_word_is_not_said_twice(tmp_path):

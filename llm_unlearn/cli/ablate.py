@@ -75,7 +75,7 @@ def _main(argv):
     _check(flags, recipe)
     target, domain = parsed.model.model_name_or_path, parsed.data.domain
     folder = Path(flags.output_dir)
-    check_output_directory(folder, target, domain, flags.overwrite_output_dir)
+    check_output_directory(folder, target, domain, flags.overwrite_output_dir, "ablate")
     for model in filter(None, (target, flags.gold)):
         check_name(model)
     words = unlearning_words(parsed, recipe)

@@ -78,7 +78,7 @@ def run(argv):
     _check(flags, read_steps(flags.checkpoint_steps))
     name, domain = parsed.model.model_name_or_path, parsed.data.domain
     folder = Path(flags.output_dir or default_directory(name, "downstream", domain))
-    check_output_directory(folder, name, domain, flags.overwrite_output_dir)
+    check_output_directory(folder, name, domain, flags.overwrite_output_dir, "downstream")
     for model in filter(None, (name, flags.target_model)):
         check_name(model)
     tasks = _load_tasks(parsed)

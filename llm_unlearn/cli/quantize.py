@@ -68,7 +68,7 @@ def run(argv):
     device = start_processes(flags)
     name, domain = parsed.model.model_name_or_path, parsed.data.domain
     folder = Path(flags.output_dir or default_directory(name, KIND, domain))
-    check_output_directory(folder, name, domain, flags.overwrite_output_dir)
+    check_output_directory(folder, name, domain, flags.overwrite_output_dir, KIND)
     check_models(parsed)
     if flags.target_model:
         logger.info("--target_model changes nothing here: the quantized copies are compared with the model itself")

@@ -86,13 +86,17 @@ def load_model_of(parsed, name, device, quantization=None):
             raise UserError(
                 "4-bit and 8-bit weights need the package bitsandbytes; pip install bitsandbytes"
             ) from error
-    # A revision belongs to the scored model, not to the one that it is compared with.
-    revision = model.model_revision if name == model.model_name_or_path else None
-    hub = {
-        "revision": revision, "cache_dir": parsed.data.cache_dir, "token": parsed.data.token,
-        "trust_remote_code": model.trust_remote_code,
+    return load_checkpoint(name, model, hub_options(parsed, name), device, quantization)
+
+
+def hub_options(parsed, name):
+    """Return what the Hub is told to load a model by its name: revision, cache_dir, token, trust_remote_code."""
+    model = parsed.model
+    return {
+        # A revision belongs to the scored model, not to the one that it is compared with.
+        "revision": model.model_revision if name == model.model_name_or_path else None,
+        "cache_dir": parsed.data.cache_dir, "token": parsed.data.token, "trust_remote_code": model.trust_remote_code,
     }  # fmt: skip
-    return load_checkpoint(name, model, hub, device, quantization)
 
 
 def statistics_folder(parsed, checkpoint, folder):

@@ -125,7 +125,7 @@ def _attack(parsed, chosen, kind):
     started, flags = time.time(), parsed.flags
     name, domain = parsed.model.model_name_or_path, parsed.data.domain
     folder = Path(flags.output_dir or default_directory(name, kind, domain))
-    check_output_directory(folder, name, domain, flags.overwrite_output_dir)
+    check_output_directory(folder, name, domain, flags.overwrite_output_dir, kind)
     device = start_processes(flags)
     check_models(parsed)
     attacks = Tampering(parsed, kind, chosen, folder, device)

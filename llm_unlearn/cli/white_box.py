@@ -73,7 +73,7 @@ def run(argv):
     device = start_processes(flags)
     name, domain = parsed.model.model_name_or_path, parsed.data.domain
     folder = Path(flags.output_dir or default_directory(name, KIND, domain))
-    check_output_directory(folder, name, domain, flags.overwrite_output_dir)
+    check_output_directory(folder, name, domain, flags.overwrite_output_dir, KIND)
     check_models(parsed)
     record = audit(parsed, audits, folder, device, started)
     if record is not None and is_first_process():

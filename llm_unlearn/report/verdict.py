@@ -7,6 +7,10 @@ from llm_unlearn.report.runs import audited_run
 WORDS = {"gone": "Gone", "not_gone": "Not gone", "unclear": "Unclear"}
 # Shapes differ as the words do, so that neither color nor reading is needed to tell them apart.
 SHAPES = {"gone": "pass", "not_gone": "fail", "unclear": "unknown"}
+OUTCOMES = {"fail": "failed", "pass": "passed", "unknown": "could not be judged"}
+# The one check that the headline does not count: what is left of the rest tells nothing about what was to go.
+UTILITY = "utility"
+ORDER = ("answers", "membership", "relearning", "tampering", "quantization", "sampling", "depth", UTILITY)
 
 
 def verdicts(audits, runs):
@@ -40,7 +44,12 @@ def verdicts(audits, runs):
         return None
     order = list(runs)
     shown.sort(key=lambda entry: order.index(entry["run"]) if entry["run"] in order else len(order))
-    checks = dict.fromkeys(finding.check for entry in shown for finding in entry["audit"].findings)
+    names = [entry["name"] for entry in shown]
+    for entry in shown:
+        if names.count(entry["name"]) > 1 and len({audit.domain for audit in audits}) > 1:
+            entry["name"] = f"{entry['name']} on {entry['audit'].domain}"
+    found = dict.fromkeys(finding.check for entry in shown for finding in entry["audit"].findings)
+    checks = sorted(found, key=lambda check: ORDER.index(check) if check in ORDER else len(ORDER))
     by_check = [(check, [_status(entry["audit"], check) for entry in shown]) for check in checks]
     return {"audits": shown, "checks": by_check}
 
@@ -66,7 +75,13 @@ def _gaps(audit):
 
 
 def _counts(audit):
-    """Say how the checks came out: 2 failed, 3 passed and 1 could not be judged."""
-    statuses = [finding.status for finding in audit.findings]
-    words = (("fail", "failed"), ("pass", "passed"), ("unknown", "could not be judged"))
-    return formatting.listed(f"{statuses.count(status)} {word}" for status, word in words if status in statuses)
+    """Say how the checks came out: of 6 checks of forgetting, 2 failed, 3 passed and 1 could not be judged."""
+    about = [finding for finding in audit.findings if finding.check != UTILITY]
+    statuses = [finding.status for finding in about]
+    if not about:
+        return ""
+    came_out = formatting.listed(
+        f"{statuses.count(name)} {word}" for name, word in OUTCOMES.items() if name in statuses
+    )
+    beside = [f"; {UTILITY} {OUTCOMES[finding.status]}" for finding in audit.findings if finding.check == UTILITY]
+    return f"of {len(about)} checks of forgetting, {came_out}{''.join(beside)}"
