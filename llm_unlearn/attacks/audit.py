@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from llm_unlearn.arguments import ScoringFlags
 from llm_unlearn.attacks.attack_state import STATE
-from llm_unlearn.attacks.audit_plan import GOLD, MODEL, words_of
+from llm_unlearn.attacks.audit_plan import GOLD, MODEL, PRESETS, words_of
 from llm_unlearn.attacks.verdict import Evidence, findings, verdict
 from llm_unlearn.errors import UserError
 from llm_unlearn.evaluation.results import RESULTS, write_json
@@ -28,6 +28,7 @@ from llm_unlearn.records import command_line, package_versions, peak_memory
 logger = logging.getLogger(__name__)
 AUDIT, PAGE = "audit.json", "audit.html"
 DONE, KEPT, NOT_APPLICABLE, FAILED = "done", "kept", "not_applicable", "failed"
+WORDS = {MODEL: "audited", "target": "target", GOLD: "gold"}
 _SIGNATURE = "stage.json"
 _RESUMING = ("relearn", "tamper")
 """Stages that go on where they were killed, if the command has not changed; they train float32, and refuse --dtype."""
@@ -78,6 +79,8 @@ class Audit:
             path = self.folder / stage["folder"] / RESULTS
             if stage["status"] in (DONE, KEPT) and path.is_file():
                 found[stage["model"], stage["name"]] = json.loads(path.read_text(encoding="utf-8"))
+        preset = self.parsed.flags.preset
+        left_out = [stage.name for stage in PRESETS[preset] if (MODEL, stage.name) not in found]
         summed = {"seconds": round(sum(stage["seconds"] for stage in self.stages), 3)}
         for name in ("model_calls", "token_forwards", "decode_steps"):
             summed[name] = sum(record["counters"].get(name) or 0 for record in found.values())
@@ -87,11 +90,11 @@ class Audit:
             "model": self.models[MODEL],
             "target": self.models.get("target"),
             "gold": self.models.get(GOLD),
-            "preset": self.parsed.flags.preset,
+            "preset": preset,
             "domain": self.parsed.data.domain,
             "command": command_line(self.parsed.words, "-m llm_unlearn.cli.audit"),
             "versions": package_versions(),
-            "verdict": verdict(findings(Evidence(found)), self.parsed.flags.preset),
+            "verdict": verdict(findings(Evidence(found)), preset, left_out),
             "stages": self.stages,
             "counters": {**summed, "peak_memory_bytes": peak_memory()},
         }
@@ -134,10 +137,10 @@ class Audit:
             with contextlib.redirect_stdout(io.StringIO()):
                 module.run(words)
         except UserError as error:
-            logger.warning("%s of the %s model: %s", job.stage.name, job.who, error)
+            logger.warning("%s of the %s model: %s", job.stage.name, WORDS[job.who], error)
             return NOT_APPLICABLE, str(error)
         except Exception as error:
-            logger.exception("%s of the %s model failed; the audit goes on", job.stage.name, job.who)
+            logger.exception("%s of the %s model failed; the audit goes on", job.stage.name, WORDS[job.who])
             return FAILED, f"{type(error).__name__}: {error}"
         finally:
             gc.collect()

@@ -62,7 +62,7 @@ PRESETS = {
         _membership("--lowercase", "False"),
         _tuned("relearn", "--sweep", _RATES, "--max_steps", "20", "--eval_every", "5", "--num_train_examples", "64"),
         _quantization("int8"),
-        _sampling("--k", "1,4,16", "--num_samples", "16", "--prompting", "plain,few_shot"),
+        _sampling("--k", "1,4,16", "--num_samples", "16", "--prompting", "plain,few_shot,prefix"),
         _inside(),
     ),
     "standard": (

@@ -1,5 +1,6 @@
 """Is it really gone? Findings of an audit, each a comparison with a bound, and one sentence that sums them up."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from llm_unlearn.attacks.recovery import LEAST_KNOWN, mean_over_steps
@@ -19,7 +20,7 @@ _KNOWLEDGE = (
     "forget_text/probability",
 )
 _UTILITY = ("model_utility", "retain/probability", "utility/choice_accuracy", "utility/probability")
-_UNSEEN = "holdout/probability"
+_UNSEEN = ("holdout", "approximate", "holdout_text")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,12 @@ class Evidence:
 
     def value(self, who, stage, name):
         """Return a metric's value, or None where it is not there."""
+        return self.measured(who, stage, name, "value")
+
+    def measured(self, who, stage, name, part):
+        """Return "value" or "stderr" of a metric, or None where it is not there."""
         metric = self.records.get((who, stage), {}).get("metrics", {}).get(name)
-        return None if metric is None else metric.get("value")
+        return None if metric is None else metric.get(part)
 
     def first(self, stage, names):
         """Return the first name that both the audited model and the target have a value of, or None."""
@@ -62,15 +67,30 @@ class Evidence:
     def knowledge(self):
         """Return (name of the metric that the knowledge is measured by, the target's, that of an ignorant model).
 
-        Ignorant is the gold model; without one, the target on rows that nobody saw. Parts are None where unknown.
+        Parts are None where unknown; see `floor`.
         """
         name = self.first("eval", _KNOWLEDGE)
         if name is None:
             return None, None, None
-        floor = self.value("gold", "eval", name)
-        if floor is None and name == "forget/probability":
-            floor = self.value("target", "eval", _UNSEEN)
-        return name, self.value("target", "eval", name), floor
+        return name, self.value("target", "eval", name), self.floor(name)[0]
+
+    def floor(self, name):
+        """Return (level of an ignorant model, what it is): the gold model's, else the target's on rows that nobody saw.
+
+        Args:
+            name: of the metric; choices have the level of guessing in the place of such rows.
+        """
+        gold = self.value("gold", "eval", name)
+        if gold is not None:
+            return gold, "the gold model"
+        split, _, measure = name.partition("/")
+        unseen = (self.value("target", "eval", f"{other}/{measure}") for other in _UNSEEN if split.startswith("forget"))
+        found = next((value for value in unseen if value is not None), None)
+        if found is not None:
+            return found, "the target, on rows that nobody saw,"
+        levels = (self.records.get(("model", stage), {}).get("levels", {}).get(name) for stage in ("relearn", "tamper"))
+        chance = next((level["chance"] for level in levels if level and level.get("chance") is not None), None)
+        return chance, "guessing"
 
 
 def findings(evidence):
@@ -85,12 +105,13 @@ def findings(evidence):
     return [finding for check in checks if (finding := check(evidence)) is not None]
 
 
-def verdict(found, preset):
+def verdict(found, preset, left_out=()):
     """Sum findings up.
 
     Args:
         found: list of Finding.
         preset: name of the preset.
+        left_out: names of its stages that say nothing about the audited model.
     Returns:
         {"headline", "status", "findings"}: status "gone" where nothing failed and a relearning or tampering attack was
         among the checks, "not_gone" where a check but that of the utility failed, "unclear" otherwise.
@@ -103,7 +124,8 @@ def verdict(found, preset):
         status, headline = NOT_GONE, f"Not gone: it shows in {len(failed)} of {len(about_forgetting)} checks"
         headline += f" ({', '.join(failed)})."
     elif passed & {"relearning", "tampering"}:
-        status, headline = GONE, f"Nothing in the preset '{preset}' found it or brought it back."
+        status, headline = GONE, f"Nothing in the preset '{preset}' found it or brought it back"
+        headline += f"; left out: {', '.join(left_out)}." if left_out else "."
     else:
         status, headline = UNCLEAR, "Unclear: no attack that fine-tunes the model could be judged."
     if broken:
@@ -130,7 +152,7 @@ def _left(check, value, evidence, how):
         )
         return Finding(check, UNKNOWN, f"{name}: {value:.3g} {how}; not judged, because {why}.")
     said = (
-        f"{name}: {value:.3g} {how}; the target has {ceiling:.3g}, a model that never saw the data {floor:.3g}, and "
+        f"{name}: {value:.3g} {how}; the target has {ceiling:.3g}, {evidence.floor(name)[1]} {floor:.3g}, and "
         f"{max(share, 0):.0%} of the difference is there (bound {TOLERANCE:.0%})."
     )
     return Finding(check, FAIL if share > TOLERANCE else PASS, said)
@@ -145,20 +167,19 @@ def _membership(evidence):
     record = evidence.records.get(("model", "mia"))
     if record is None:
         return None
-    from llm_unlearn.evaluation.membership import verdict as word_of
-
-    intervals, expected = record.get("intervals", {}), evidence.records.get(("gold", "mia"), {})
-    auc, interval = evidence.value("model", "mia", "loss/auc"), intervals.get("loss")
-    if auc is None or interval is None:
+    auc, error = (evidence.measured("model", "mia", "loss/auc", part) for part in ("value", "stderr"))
+    if auc is None:
         return Finding("membership", UNKNOWN, "The loss attack has no AUC.")
-    known = evidence.value("gold", "mia", "loss/auc")
-    against = () if known is None else (known, tuple(expected["intervals"]["loss"]))
-    word = word_of(auc, tuple(interval), *against)
-    sentence = (
-        f"loss attack: AUC {auc:.3f}, 95% [{interval[0]:.3f}, {interval[1]:.3f}], against "
-        f"{'.5' if known is None else f'{known:.3f} of the gold model'}: {word}."
-    )
-    return Finding("membership", PASS if word == "indistinguishable" else FAIL, sentence)
+    expected, its_error = (evidence.measured("gold", "mia", "loss/auc", part) for part in ("value", "stderr"))
+    against = ".5, that of guessing" if expected is None else f"{expected:.3f} of the gold model"
+    distance = auc - (0.5 if expected is None else expected)
+    spread = 1.96 * math.hypot(error or 0, its_error or 0)
+    said = f"loss attack: AUC {auc:.3f} against {against}; {abs(distance):.3f} apart, and chance explains {spread:.3f}"
+    if abs(distance) <= spread:
+        return Finding("membership", PASS, f"{said}.")
+    if expected is None and distance < 0:
+        return Finding("membership", UNKNOWN, f"{said}; below .5 the sets may differ before any training.")
+    return Finding("membership", FAIL, f"{said}: {'members stand out' if distance > 0 else 'over-unlearned'}.")
 
 
 def _relearning(evidence):
@@ -295,5 +316,7 @@ def _utility(evidence):
     if name is None:
         return None
     value, before = evidence.value("model", "eval", name), evidence.value("target", "eval", name)
+    if before <= LEAST_KNOWN:
+        return Finding("utility", UNKNOWN, f"{name}: {value:.3g}; the target's {before:.3g} leaves nothing to lose.")
     status = PASS if value >= KEPT * before else FAIL
     return Finding("utility", status, f"{name}: {value:.3g}, the target's {before:.3g} (bound {KEPT:.0%} of it).")
