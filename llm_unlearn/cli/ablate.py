@@ -14,9 +14,8 @@ from pathlib import Path
 from llm_unlearn.arguments import DataFlags, flag
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
 from llm_unlearn.attacks.training_flags import FinetuningFlags, finetuning_settings
-from llm_unlearn.cli.scoring import finish_processes, start_processes
+from llm_unlearn.cli.scoring import finish_processes, say_notes, start_processes
 from llm_unlearn.errors import UserError, run_cli
-from llm_unlearn.processes import set_up_logging
 
 SCRIPT = "python -m llm_unlearn.cli.ablate"
 logger = logging.getLogger("llm_unlearn")
@@ -61,9 +60,7 @@ def _main(argv):
     if parsed is None:
         return
     parsed = dataclasses.replace(parsed, words=argv)
-    set_up_logging()
-    for note in dict.fromkeys(parsed.notes):
-        logger.info(note)
+    say_notes(parsed)
     from accelerate import PartialState
 
     from llm_unlearn.attacks.ablation import Ablation

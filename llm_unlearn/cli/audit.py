@@ -11,9 +11,9 @@ from pathlib import Path
 from llm_unlearn.arguments import flag
 from llm_unlearn.attacks.audit_plan import GOLD, MODEL, PRESETS, TARGET, jobs_of
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
-from llm_unlearn.cli.scoring import default_directory, finish_processes, hub_options, start_processes
+from llm_unlearn.cli.scoring import default_directory, finish_processes, hub_options, say_notes, start_processes
 from llm_unlearn.errors import UserError, run_cli, unknown_name
-from llm_unlearn.processes import end_process, is_first_process, set_up_logging
+from llm_unlearn.processes import end_process, is_first_process
 
 logger = logging.getLogger("llm_unlearn")
 
@@ -61,9 +61,7 @@ def run(argv):
     if parsed is None:
         return 0
     models, skipped = _check(parsed)
-    set_up_logging()
-    for note in dict.fromkeys(parsed.notes):
-        logger.info(note)
+    say_notes(parsed)
     start_processes(parsed.flags)
     from llm_unlearn.attacks.audit import FAILED, Audit
     from llm_unlearn.evaluation.results import check_output_directory, check_writable

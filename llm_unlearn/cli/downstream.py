@@ -14,9 +14,8 @@ from pathlib import Path
 from llm_unlearn.arguments import flag
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
 from llm_unlearn.attacks.training_flags import FinetuningFlags, finetuning_settings
-from llm_unlearn.cli.scoring import default_directory, finish_processes, start_processes
+from llm_unlearn.cli.scoring import prepare, say_notes, show_results
 from llm_unlearn.errors import UserError, run_cli
-from llm_unlearn.processes import is_first_process, set_up_logging
 
 SCRIPT = "python -m llm_unlearn.cli.downstream"
 logger = logging.getLogger("llm_unlearn")
@@ -65,34 +64,21 @@ def run(argv):
     parsed = parse_attack(argv, DownstreamFlags, SCRIPT)
     if parsed is None:
         return
-    set_up_logging()
-    for note in dict.fromkeys(parsed.notes):
-        logger.info(note)
+    say_notes(parsed)
     from llm_unlearn.attacks.downstream import Downstream
     from llm_unlearn.attacks.downstream_metrics import read_steps
-    from llm_unlearn.evaluation.loading import check_name
-    from llm_unlearn.evaluation.results import check_output_directory, table
 
     started, flags = time.time(), parsed.flags
     settings = finetuning_settings(parsed)
     _check(flags, read_steps(flags.checkpoint_steps))
-    name, domain = parsed.model.model_name_or_path, parsed.data.domain
-    folder = Path(flags.output_dir or default_directory(name, "downstream", domain))
-    check_output_directory(folder, name, domain, flags.overwrite_output_dir, "downstream")
-    for model in filter(None, (name, flags.target_model)):
-        check_name(model)
+    folder, device = prepare(parsed, "downstream")
     tasks = _load_tasks(parsed)
-    device = start_processes(flags)
     attack = Downstream(parsed, folder, device, dataclasses.replace(settings, use_cpu=flags.use_cpu))
     if not flags.do_eval:
         logger.info("--do_eval False: model, data and tasks are in order, nothing was trained")
         return
     record = attack.run(tasks, started)
-    if is_first_process():
-        sys.stdout.write(table(record))
-        sys.stdout.flush()
-        logger.info("the results are in %s", folder / "results.json")
-    finish_processes()
+    show_results(record, folder)
 
 
 def _check(flags, steps):

@@ -5,17 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-from llm_unlearn.cli.scoring import (
-    check_models,
-    default_directory,
-    finish_processes,
-    load_model_of,
-    start_processes,
-    statistics_folder,
-)
+from llm_unlearn.cli.scoring import load_model_of, prepare, say_notes, show_results, statistics_folder
 from llm_unlearn.errors import UserError, run_cli
 from llm_unlearn.evaluation.parsing import SCRIPT, parse_evaluation
-from llm_unlearn.processes import is_first_process, set_up_logging
+from llm_unlearn.processes import is_first_process
 
 logger = logging.getLogger("llm_unlearn")
 
@@ -36,17 +29,11 @@ def run(argv):
     parsed = parse_evaluation(argv)
     if parsed is None:
         return
-    set_up_logging()
-    for note in dict.fromkeys(parsed.notes):
-        logger.info(note)
-    from llm_unlearn.evaluation.results import check_output_directory, table, write_results
+    say_notes(parsed)
+    from llm_unlearn.evaluation.results import write_results
 
     started = time.time()
-    device = start_processes(parsed.flags)
-    name, domain = parsed.model.model_name_or_path, parsed.data.domain
-    folder = Path(parsed.flags.output_dir or default_directory(name, "eval", domain))
-    check_output_directory(folder, name, domain, parsed.flags.overwrite_output_dir)
-    check_models(parsed)
+    folder, device = prepare(parsed, "eval")
     loaded = load_benchmark(parsed)
     reference = find_reference(parsed, loaded, folder, device)
     checkpoint = load_model_of(parsed, parsed.model.model_name_or_path, device)
@@ -56,10 +43,7 @@ def run(argv):
     record, outcome = score(parsed, checkpoint, loaded, reference, folder, started)
     if is_first_process():
         write_results(folder, record, outcome.examples, time.time() - started)
-        sys.stdout.write(table(record))
-        sys.stdout.flush()
-        logger.info("the results are in %s", folder / "results.json")
-    finish_processes()
+    show_results(record, folder)
 
 
 def load_benchmark(parsed):

@@ -7,20 +7,11 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from llm_unlearn.arguments import flag
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
-from llm_unlearn.cli.scoring import (
-    check_models,
-    default_directory,
-    finish_processes,
-    load_model_of,
-    start_processes,
-    statistics_folder,
-)
+from llm_unlearn.cli.scoring import load_model_of, prepare, say_notes, show_results, statistics_folder
 from llm_unlearn.errors import UserError, run_cli, unknown_name
-from llm_unlearn.processes import is_first_process, set_up_logging
 
 logger = logging.getLogger("llm_unlearn")
 
@@ -78,19 +69,13 @@ def run(argv):
     if parsed is None:
         return
     ks = check_flags(parsed.flags)
-    set_up_logging()
-    for note in dict.fromkeys(parsed.notes):
-        logger.info(note)
+    say_notes(parsed)
     from llm_unlearn.attacks.records import write_attack
     from llm_unlearn.evaluation.benchmarks import load_parts
-    from llm_unlearn.evaluation.results import check_output_directory, table
 
     started, flags = time.time(), parsed.flags
-    device = start_processes(flags)
+    folder, device = prepare(parsed, KIND)
     name, domain = parsed.model.model_name_or_path, parsed.data.domain
-    folder = Path(flags.output_dir or default_directory(name, KIND, domain))
-    check_output_directory(folder, name, domain, flags.overwrite_output_dir, KIND)
-    check_models(parsed)
     if flags.target_model:
         logger.info("--target_model changes nothing here; to compare, attack it as --model_name_or_path")
     parts, _ = load_parts(parsed.data)
@@ -107,11 +92,7 @@ def run(argv):
         folder, KIND, parsed, checkpoint, asked, found.metrics, counters, found.examples,
         intervals=found.intervals, generations=found.generations, settings=settings_of(flags, ks),
     )  # fmt: skip
-    if is_first_process():
-        sys.stdout.write(table(record))
-        sys.stdout.flush()
-        logger.info("the results are in %s", folder / "results.json")
-    finish_processes()
+    show_results(record, folder)
 
 
 def check_flags(flags):

@@ -3,19 +3,11 @@
 import logging
 import sys
 import time
-from pathlib import Path
 
-from llm_unlearn.cli.scoring import (
-    check_models,
-    default_directory,
-    finish_processes,
-    load_model_of,
-    start_processes,
-    statistics_folder,
-)
+from llm_unlearn.cli.scoring import load_model_of, prepare, say_notes, show_results, statistics_folder
 from llm_unlearn.errors import UserError, run_cli
 from llm_unlearn.evaluation.parsing import parse_mia
-from llm_unlearn.processes import is_first_process, set_up_logging
+from llm_unlearn.processes import is_first_process
 
 logger = logging.getLogger("llm_unlearn")
 
@@ -36,34 +28,26 @@ def run(argv):
     parsed = parse_mia(argv)
     if parsed is None:
         return
-    set_up_logging()
-    for note in dict.fromkeys(parsed.notes):
-        logger.info(note)
+    say_notes(parsed)
     from llm_unlearn.evaluation.mia import load_groups, units_of
     from llm_unlearn.evaluation.mia_results import load_mia_reference, mia_record, write_mia
-    from llm_unlearn.evaluation.results import check_output_directory, table
 
     started, flags = time.time(), parsed.flags
-    device = start_processes(flags)
-    name, domain = parsed.model.model_name_or_path, parsed.data.domain
-    folder = Path(flags.output_dir or default_directory(name, "mia", domain))
-    check_output_directory(folder, name, domain, flags.overwrite_output_dir)
-    check_models(parsed)
+    folder, device = prepare(parsed, "mia")
     groups = load_groups(parsed.data)
     reference = load_mia_reference(flags.retain_reference, groups) if flags.retain_reference else None
-    checkpoint = load_model_of(parsed, name, device)
+    checkpoint = load_model_of(parsed, parsed.model.model_name_or_path, device)
     units = units_of(groups, checkpoint.tokenizer, flags.tokenize_options(checkpoint.context_length), flags.lowercase)
     if not flags.do_eval:
         logger.info("--do_eval False: model and data are in order, nothing was scored")
         return
     scores, counters = attack(parsed, checkpoint, units, folder, device)
+    record, more = None, ""
     if is_first_process():
         record, curves = mia_record(parsed, checkpoint, groups, units, scores, counters, reference, started)
         write_mia(folder, record, units, scores, curves)
-        sys.stdout.write(table(record) + "\n".join(record["verdicts"]) + "\n")
-        sys.stdout.flush()
-        logger.info("the results are in %s", folder / "results.json")
-    finish_processes()
+        more = "\n".join(record["verdicts"]) + "\n"
+    show_results(record, folder, more)
 
 
 def attack(parsed, checkpoint, units, folder, device):

@@ -13,16 +13,9 @@ from pathlib import Path
 
 from llm_unlearn.arguments import flag
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
-from llm_unlearn.cli.scoring import (
-    check_models,
-    default_directory,
-    finish_processes,
-    load_model_of,
-    start_processes,
-    statistics_folder,
-)
+from llm_unlearn.cli.scoring import load_model_of, prepare, say_notes, show_results, statistics_folder
 from llm_unlearn.errors import UserError, run_cli, unknown_name
-from llm_unlearn.processes import is_first_process, set_up_logging
+from llm_unlearn.processes import is_first_process
 
 logger = logging.getLogger("llm_unlearn")
 
@@ -56,20 +49,14 @@ def run(argv):
     parsed = parse_attack(argv, QuantizeFlags, "python -m llm_unlearn.cli.quantize")
     if parsed is None:
         return
-    set_up_logging()
-    for note in dict.fromkeys(parsed.notes):
-        logger.info(note)
+    say_notes(parsed)
     from llm_unlearn.attacks.records import write_attack
     from llm_unlearn.attacks.scoring import DomainScorer
-    from llm_unlearn.evaluation.results import check_output_directory, table
 
     started, flags = time.time(), parsed.flags
     schemes = schemes_of(parsed)
-    device = start_processes(flags)
-    name, domain = parsed.model.model_name_or_path, parsed.data.domain
-    folder = Path(flags.output_dir or default_directory(name, KIND, domain))
-    check_output_directory(folder, name, domain, flags.overwrite_output_dir, KIND)
-    check_models(parsed)
+    folder, device = prepare(parsed, KIND)
+    name = parsed.model.model_name_or_path
     if flags.target_model:
         logger.info("--target_model changes nothing here: the quantized copies are compared with the model itself")
     checkpoint = load_model_of(parsed, name, device)
@@ -85,11 +72,7 @@ def run(argv):
         folder, KIND, parsed, checkpoint, scorer.parts, found.metrics, found.counters, found.examples,
         schemes=found.schemes, full_precision=found.full_precision,
     )  # fmt: skip
-    if is_first_process():
-        sys.stdout.write(table(record))
-        sys.stdout.flush()
-        logger.info("the results are in %s", folder / "results.json")
-    finish_processes()
+    show_results(record, folder)
 
 
 def schemes_of(parsed):

@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from llm_unlearn.errors import UserError
-from llm_unlearn.processes import is_first_process
+from llm_unlearn.processes import is_first_process, set_up_logging
 
 logger = logging.getLogger("llm_unlearn")
 
@@ -31,6 +32,50 @@ def start_processes(flags):
         logger.warning("--tf32 needs an NVIDIA GPU of the Ampere generation or newer; float32 runs instead")
     set_seed(flags.seed)
     return PartialState(cpu=flags.use_cpu).device
+
+
+def say_notes(parsed):
+    """Start logging, and say what the parser has to say about flags that changed nothing."""
+    set_up_logging()
+    for note in dict.fromkeys(parsed.notes):
+        logger.info(note)
+
+
+def prepare(parsed, kind):
+    """Join the other processes, and refuse an output directory or models before anything is loaded.
+
+    Args:
+        parsed: ParsedEvaluation.
+        kind: of the results: "eval", "mia", or an attack's, which replaces no results of another kind.
+    Returns:
+        (output directory, device).
+    """
+    from llm_unlearn.evaluation.results import check_output_directory
+
+    flags, name, domain = parsed.flags, parsed.model.model_name_or_path, parsed.data.domain
+    device = start_processes(flags)
+    folder = Path(flags.output_dir or default_directory(name, kind, domain))
+    own = () if kind in ("eval", "mia") else (kind,)
+    check_output_directory(folder, name, domain, flags.overwrite_output_dir, *own)
+    check_models(parsed)
+    return folder, device
+
+
+def show_results(record, folder, more=""):
+    """Print the table of results.json and say where that is, on the first process; then wait for the others.
+
+    Args:
+        record: contents of results.json; None where there is nothing to show.
+        folder: output directory.
+        more: text below the table.
+    """
+    from llm_unlearn.evaluation.results import table
+
+    if record is not None and is_first_process():
+        sys.stdout.write(table(record) + more)
+        sys.stdout.flush()
+        logger.info("the results are in %s", folder / "results.json")
+    finish_processes()
 
 
 def finish_processes():

@@ -7,7 +7,6 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from llm_unlearn.arguments import flag
@@ -15,8 +14,9 @@ from llm_unlearn.attacks.curve_files import redraw
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
 from llm_unlearn.attacks.sweeps import configurations, join_sweeps, with_changes
 from llm_unlearn.attacks.training_flags import FinetuningFlags, finetuning_settings, require_float32
+from llm_unlearn.cli.scoring import prepare, say_notes, show_results
 from llm_unlearn.errors import UserError, run_cli
-from llm_unlearn.processes import end_process, is_first_process, set_up_logging
+from llm_unlearn.processes import end_process, set_up_logging
 
 logger = logging.getLogger("llm_unlearn")
 
@@ -105,9 +105,7 @@ def attack(words, flags_class, kind):
     parsed = parse_attack(words, flags_class, f"python -m llm_unlearn.cli.{kind}")
     if parsed is None:
         return
-    set_up_logging()
-    for note in dict.fromkeys(parsed.notes):
-        logger.info(note)
+    say_notes(parsed)
     flags = parsed.flags
     says_rate = given(words, "--lr") or flags.lr != flags_class.lr
     if flags.sweep is None and not says_rate:
@@ -119,28 +117,19 @@ def attack(words, flags_class, kind):
 
 def _attack(parsed, chosen, kind):
     from llm_unlearn.attacks.tampering import Tampering
-    from llm_unlearn.cli.scoring import check_models, default_directory, finish_processes, start_processes
-    from llm_unlearn.evaluation.results import check_output_directory, table
 
-    started, flags = time.time(), parsed.flags
-    name, domain = parsed.model.model_name_or_path, parsed.data.domain
-    folder = Path(flags.output_dir or default_directory(name, kind, domain))
-    check_output_directory(folder, name, domain, flags.overwrite_output_dir, kind)
-    device = start_processes(flags)
-    check_models(parsed)
+    started = time.time()
+    folder, device = prepare(parsed, kind)
     attacks = Tampering(parsed, kind, chosen, folder, device)
-    if not flags.do_eval:
+    if not parsed.flags.do_eval:
         logger.info("--do_eval False: model and data are in order, nothing was attacked")
         return
     attacks.measure_target()
     record = attacks.run()
-    if is_first_process():
-        sys.stdout.write(table(record))
-        sys.stdout.flush()
-        if len(chosen) > 1:
-            logger.info("strongest of %d attacks: %s", len(chosen), record["strongest"])
-        logger.info("%.0f s; the results are in %s", time.time() - started, folder / "results.json")
-    finish_processes()
+    if len(chosen) > 1:
+        logger.info("strongest of %d attacks: %s", len(chosen), record["strongest"])
+    logger.info("%.0f s", time.time() - started)
+    show_results(record, folder)
 
 
 def check_flags(parsed, chosen):

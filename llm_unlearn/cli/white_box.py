@@ -7,19 +7,11 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from llm_unlearn.arguments import flag
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
-from llm_unlearn.cli.scoring import (
-    check_models,
-    default_directory,
-    finish_processes,
-    load_model_of,
-    start_processes,
-)
+from llm_unlearn.cli.scoring import load_model_of, prepare, say_notes, show_results
 from llm_unlearn.errors import UserError, run_cli, unknown_name
-from llm_unlearn.processes import is_first_process, set_up_logging
 
 logger = logging.getLogger("llm_unlearn")
 KIND, SCRIPT = "white_box", "python -m llm_unlearn.cli.white_box"
@@ -63,24 +55,13 @@ def run(argv):
     parsed = parse_attack(argv, WhiteBoxFlags, SCRIPT)
     if parsed is None:
         return
-    set_up_logging()
-    for note in dict.fromkeys(parsed.notes):
-        logger.info(note)
-    from llm_unlearn.evaluation.results import check_output_directory, table
+    say_notes(parsed)
 
     started, flags = time.time(), parsed.flags
     audits = checked_audits(flags)
-    device = start_processes(flags)
-    name, domain = parsed.model.model_name_or_path, parsed.data.domain
-    folder = Path(flags.output_dir or default_directory(name, KIND, domain))
-    check_output_directory(folder, name, domain, flags.overwrite_output_dir, KIND)
-    check_models(parsed)
+    folder, device = prepare(parsed, KIND)
     record = audit(parsed, audits, folder, device, started)
-    if record is not None and is_first_process():
-        sys.stdout.write(table(record))
-        sys.stdout.flush()
-        logger.info("the results are in %s", folder / "results.json")
-    finish_processes()
+    show_results(record, folder)
 
 
 def checked_audits(flags):
