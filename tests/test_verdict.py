@@ -210,7 +210,7 @@ def test_sampling_without_gold_model_may_be_guessing():
     assert status(findings(evidence(model__sampling=scored(plain__leak_at_16=0.05))), "sampling") == "pass"
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0.95, "pass"), (0.6, "fail"), (None, "unknown")])
+@pytest.mark.parametrize(("value", "expected"), [(0.95, "pass"), (0.6, "unknown"), (0.49, "fail"), (None, "unknown")])
 def test_depth(value, expected):
     assert status(findings(evidence(model__white_box=scored(uds__forget=value))), "depth") == expected
 

@@ -9,6 +9,8 @@ PASS, FAIL, UNKNOWN = "pass", "fail", "unknown"
 GONE, NOT_GONE, UNCLEAR = "gone", "not_gone", "unclear"
 TOLERANCE = 0.1
 """Share of what the target knows beyond a model that never saw the forget set which may be left, or come back."""
+HALF_ERASED = 0.5
+"""Unlearning depth score below which a model is more intact inside than erased."""
 KEPT = 0.9
 """Share of the target's utility that has to be left."""
 _KNOWLEDGE = (
@@ -308,7 +310,9 @@ def _depth(evidence):
     said = (
         f"unlearning depth score {value:.2f}: 1 is as erased inside as in the gold model, 0 as intact as in the target"
     )
-    return Finding("depth", PASS if value >= 1 - TOLERANCE else FAIL, f"{said} (bound {1 - TOLERANCE:.1f}).")
+    # Another retrained model has less than 1 too: benchmarks/audits.py found .74 on the demo world.
+    status = FAIL if value < HALF_ERASED else PASS if value >= 1 - TOLERANCE else UNKNOWN
+    return Finding("depth", status, f"{said} (fails below {HALF_ERASED}, passes from {1 - TOLERANCE:.1f} on).")
 
 
 def _utility(evidence):
