@@ -36,18 +36,21 @@ WIDTHS = (1280, 400)
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A function that returns the file of a page: "one" of one audit, "several" of three."""
+    """A function that returns the file of a page of audits: "one", "several" (three), "many" (six, with long names)."""
     folder, files = tmp_path_factory.mktemp("browser"), {}
     runs = folder / "runs"
 
     def file_of(name):
         if name not in files:
+            sizes = {"one": 1, "several": 3, "many": 6}
             audits = [("npo", 0.9, "not_gone"), ("rmu", 0.45, "gone"), ("undial", 0.7, "unclear")]
-            for method, recovers, status in audits[: 1 if name == "one" else None]:
-                write_training(runs / method, method)
+            audits += [(f"rewritten_transfer_of_{layer}", 0.8, "not_gone") for layer in ("early", "middle", "late")]
+            for method, recovers, status in audits[: sizes[name]]:
+                settings = {"lens_path": f"{method}/a_folder_with_a_long_name/lens"}
+                write_training(runs / method, method, **settings)
                 write_audit(runs / method / "audit", method, recovers=recovers, status=status)
             files[name] = folder / f"{name}.html"
-            found = [runs / "npo"] if name == "one" else [runs]
+            found = [runs / method for method, *_ in audits[: sizes[name]]]
             files[name].write_text(make_page(found, f"{name} audited")[0], encoding="utf-8")
         return files[name]
 
@@ -89,7 +92,7 @@ def opened(browser, pages):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["one", pytest.param("several", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["one", *(pytest.param(n, marks=pytest.mark.full) for n in ("several", "many"))])
 def test_the_page_is_whole(opened, tmp_path, name, width):
     page, said, asked = opened(name, width)
     page.screenshot(path=tmp_path / f"{name}-{width}.png", full_page=True)
