@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.errors import UserError, run_script
 
 TOLERANCE = 1e-4
 _TIMED = ("cpu_seconds", "scoring_cpu_seconds", "generating_cpu_seconds", "wall_seconds", "device_seconds")
@@ -24,7 +24,7 @@ _COUNTED = ("scoring_calls", "scoring_tokens", "head_tokens", "prompt_tokens", "
 
 def main(argv=None):
     """Run the benchmark; returns the exit code."""
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(_main, argv)
 
 
 def parse(argv):

@@ -10,12 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llm_unlearn.errors import run_cli
+from llm_unlearn.errors import run_script
 
 
 def main(argv=None):
     """Count; returns the exit code."""
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(_main, argv)
 
 
 def _main(argv):

@@ -9,7 +9,6 @@ as long again. A step of several micro-batches measures the penalty first, in a 
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 from unittest import mock
 
@@ -20,7 +19,7 @@ from training_meters import UncomputedProducts, alternate, flops, ratios
 from training_report import Row, show
 from training_steps import hollow_mistral, make_trainer
 
-from llm_unlearn.errors import run_cli
+from llm_unlearn.errors import run_script
 from llm_unlearn.head_reading import HeadReader
 
 TARGET, RADIUS = 1.6, 0.01
@@ -181,7 +180,7 @@ def _forget(trainer):
 
 def main(argv=None):
     """Print the rows; returns the exit code, 0 also where a target is missed."""
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(_main, argv)
 
 
 def _main(argv):

@@ -9,13 +9,12 @@ import json
 import os
 import shlex
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.errors import UserError, run_script
 
 STEPS, BATCH = 10, 4
 TARGET = 1.10
@@ -36,7 +35,7 @@ VARIANTS = {
 
 def main(argv=None):
     """Run the benchmark; returns the exit code, 0 also where a target is missed."""
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(_main, argv)
 
 
 def _main(argv):

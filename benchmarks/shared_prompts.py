@@ -12,12 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from llm_unlearn.errors import run_cli
+from llm_unlearn.errors import run_script
 
 
 def main(argv=None):
     """Run the benchmark; returns the exit code."""
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(_main, argv)
 
 
 def _main(argv):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.errors import UserError, run_script
 
 GROUPS = {
     ("P1", "P2", "P3"): ("training_heads", "run"),
@@ -32,7 +32,7 @@ IDS = [id for ids in GROUPS for id in ids]
 
 def main(argv=None):
     """Run the benchmark; returns the exit code, 0 also where a target is missed."""
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(_main, argv)
 
 
 def parse(argv):

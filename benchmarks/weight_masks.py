@@ -8,11 +8,10 @@ import dataclasses
 import json
 import shlex
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-from llm_unlearn.errors import run_cli
+from llm_unlearn.errors import run_script
 
 STEP, MAKING = 1.10, 1.05
 RATIOS = ("0.4", "0.8", "0.95")
@@ -20,7 +19,7 @@ RATIOS = ("0.4", "0.8", "0.95")
 
 def main(argv=None):
     """Run the benchmark; returns the exit code."""
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(_main, argv)
 
 
 def _main(argv):

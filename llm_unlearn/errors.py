@@ -73,3 +73,15 @@ def run_cli(command):
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left behind", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+
+
+def run_script(run, argv=None):
+    """Run a script on its words as `run_cli` runs a command; what most scripts' `main` does.
+
+    Args:
+        run: function of a list of words; returns an exit code or None.
+        argv: list of words; None takes the process's own.
+    Returns:
+        int exit code, as `run_cli` has it.
+    """
+    return run_cli(lambda: run(sys.argv[1:] if argv is None else list(argv)))

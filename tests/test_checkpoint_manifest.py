@@ -20,7 +20,7 @@ from llm_unlearn.checkpoints import (
     newest_complete,
     write_manifest,
 )
-from llm_unlearn.errors import NonFiniteError, PushError, Terminated, UserError, run_cli
+from llm_unlearn.errors import NonFiniteError, PushError, Terminated, UserError, run_cli, run_script
 from llm_unlearn.hub import push_checkpoint
 from llm_unlearn.resuming import find_checkpoint, require_same_run
 
@@ -422,3 +422,10 @@ def test_a_failed_push_of_the_tool_ends_in_three(hub, tmp_path, capsys):
     hub.fails = "upload_folder"
     assert run_cli(lambda: push_checkpoint(str(checkpoint(tmp_path, 3)))) == 3
     assert "retry with: python utils/push_checkpoint.py" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_script_runs_on_the_words_that_it_is_given_or_on_the_processs_own(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "--own"])
+    seen = []
+    assert run_script(seen.append, ("--given",)) == 0 and run_script(seen.append) == 0
+    assert seen == [["--given"], ["--own"]]

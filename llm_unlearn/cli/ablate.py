@@ -15,7 +15,7 @@ from llm_unlearn.arguments import DataFlags, flag
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
 from llm_unlearn.attacks.training_flags import FinetuningFlags, finetuning_settings
 from llm_unlearn.cli.scoring import finish_processes, say_notes, start_processes
-from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.errors import UserError, run_script
 
 SCRIPT = "python -m llm_unlearn.cli.ablate"
 logger = logging.getLogger("llm_unlearn")
@@ -44,14 +44,8 @@ class AblationFlags(FinetuningFlags, AttackFlags):
 
 
 def main(argv=None):
-    """Run one ablation.
-
-    Args:
-        argv: list of words; None takes the process's own.
-    Returns:
-        int exit code: 0 done, 2 the user's mistake.
-    """
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    """Run one ablation; returns the exit code, see `run_script`."""
+    return run_script(_main, argv)
 
 
 def _main(argv):

@@ -12,7 +12,7 @@ from llm_unlearn.arguments import flag
 from llm_unlearn.attacks.audit_plan import GOLD, MODEL, PRESETS, TARGET, jobs_of
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
 from llm_unlearn.cli.scoring import default_directory, finish_processes, hub_options, say_notes, start_processes
-from llm_unlearn.errors import UserError, run_cli, unknown_name
+from llm_unlearn.errors import UserError, run_script, unknown_name
 from llm_unlearn.processes import end_process, is_first_process
 
 logger = logging.getLogger("llm_unlearn")
@@ -52,7 +52,7 @@ def main(argv=None):
     Returns:
         int exit code: 0 done, 1 a stage failed, 2 the user's mistake.
     """
-    return run_cli(lambda: run(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(run, argv)
 
 
 def run(argv):

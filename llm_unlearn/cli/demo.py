@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.errors import UserError, run_script
 
 logger = logging.getLogger("llm_unlearn.demo")
 SHOWN = {
@@ -28,7 +28,7 @@ SHOWN = {
 
 def main(argv=None):
     """Run the demo; returns the exit code."""
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else argv))
+    return run_script(_main, argv)
 
 
 def _main(argv):

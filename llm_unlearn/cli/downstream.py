@@ -6,7 +6,6 @@ python -m llm_unlearn.cli.downstream --model_name_or_path CKPT --domain D --targ
 
 import dataclasses
 import logging
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from llm_unlearn.arguments import flag
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
 from llm_unlearn.attacks.training_flags import FinetuningFlags, finetuning_settings
 from llm_unlearn.cli.scoring import prepare, say_notes, show_results
-from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.errors import UserError, run_script
 
 SCRIPT = "python -m llm_unlearn.cli.downstream"
 logger = logging.getLogger("llm_unlearn")
@@ -49,14 +48,8 @@ class DownstreamFlags(FinetuningFlags, AttackFlags):
 
 
 def main(argv=None):
-    """Fine-tune one checkpoint on each task.
-
-    Args:
-        argv: list of words; None takes the process's own.
-    Returns:
-        int exit code: 0 done, 2 the user's mistake.
-    """
-    return run_cli(lambda: run(sys.argv[1:] if argv is None else list(argv)))
+    """Fine-tune one checkpoint on each task; returns the exit code, see `run_script`."""
+    return run_script(run, argv)
 
 
 def run(argv):

@@ -4,14 +4,13 @@ python -m llm_unlearn.cli.leak --model_name_or_path CHECKPOINT --domain tofu --n
 """
 
 import logging
-import sys
 import time
 from dataclasses import dataclass
 
 from llm_unlearn.arguments import flag
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
 from llm_unlearn.cli.scoring import load_model_of, prepare, say_notes, show_results, statistics_folder
-from llm_unlearn.errors import UserError, run_cli, unknown_name
+from llm_unlearn.errors import UserError, run_script, unknown_name
 
 logger = logging.getLogger("llm_unlearn")
 
@@ -53,14 +52,8 @@ class LeakFlags(AttackFlags):
 
 
 def main(argv=None):
-    """Attack one checkpoint by sampling.
-
-    Args:
-        argv: list of words; None takes the process's own.
-    Returns:
-        int exit code: 0 done, 2 the user's mistake.
-    """
-    return run_cli(lambda: run(sys.argv[1:] if argv is None else list(argv)))
+    """Attack one checkpoint by sampling; returns the exit code, see `run_script`."""
+    return run_script(run, argv)
 
 
 def run(argv):

@@ -1,11 +1,10 @@
 """run_mia.py: score members and non-members once, and say what each attack can tell."""
 
 import logging
-import sys
 import time
 
 from llm_unlearn.cli.scoring import load_model_of, prepare, say_notes, show_results, statistics_folder
-from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.errors import UserError, run_script
 from llm_unlearn.evaluation.parsing import parse_mia
 from llm_unlearn.processes import is_first_process
 
@@ -13,14 +12,8 @@ logger = logging.getLogger("llm_unlearn")
 
 
 def main(argv=None):
-    """Attack one checkpoint.
-
-    Args:
-        argv: list of words; None takes the process's own.
-    Returns:
-        int exit code: 0 done, 2 the user's mistake.
-    """
-    return run_cli(lambda: run(sys.argv[1:] if argv is None else list(argv)))
+    """Attack one checkpoint; returns the exit code, see `run_script`."""
+    return run_script(run, argv)
 
 
 def run(argv):

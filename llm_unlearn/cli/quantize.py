@@ -6,7 +6,6 @@ python -m llm_unlearn.cli.quantize --model_name_or_path CHECKPOINT --domain tofu
 import gc
 import logging
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from llm_unlearn.arguments import flag
 from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
 from llm_unlearn.cli.scoring import load_model_of, prepare, say_notes, show_results, statistics_folder
-from llm_unlearn.errors import UserError, run_cli, unknown_name
+from llm_unlearn.errors import UserError, run_script, unknown_name
 from llm_unlearn.processes import is_first_process
 
 logger = logging.getLogger("llm_unlearn")
@@ -34,14 +33,8 @@ class QuantizeFlags(AttackFlags):
 
 
 def main(argv=None):
-    """Attack one checkpoint by quantization.
-
-    Args:
-        argv: list of words; None takes the process's own.
-    Returns:
-        int exit code: 0 done, 2 the user's mistake.
-    """
-    return run_cli(lambda: run(sys.argv[1:] if argv is None else list(argv)))
+    """Attack one checkpoint by quantization; returns the exit code, see `run_script`."""
+    return run_script(run, argv)
 
 
 def run(argv):

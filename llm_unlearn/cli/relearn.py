@@ -3,13 +3,12 @@
 python -m llm_unlearn.cli.relearn --model_name M --domain D --target_model T --output_dir DIR
 """
 
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
 from llm_unlearn.arguments import flag
 from llm_unlearn.cli.tamper import TamperFlags, attack
-from llm_unlearn.errors import run_cli
+from llm_unlearn.errors import run_script
 from llm_unlearn.processes import end_process
 
 
@@ -28,7 +27,7 @@ class RelearnFlags(TamperFlags):
 
 def main(argv=None):
     """Relearn on one checkpoint; see `llm_unlearn.cli.tamper.main`."""
-    return run_cli(lambda: run(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(run, argv)
 
 
 def run(argv):

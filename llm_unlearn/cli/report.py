@@ -10,12 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.errors import UserError, run_script
 
 
 def main(argv=None):
     """Write the report; returns the exit code."""
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else argv))
+    return run_script(_main, argv)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,7 +4,6 @@ python -m llm_unlearn.cli.tamper --model_name M --domain D --target_model T --ou
 """
 
 import logging
-import sys
 import time
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +14,7 @@ from llm_unlearn.attacks.parsing import AttackFlags, parse_attack
 from llm_unlearn.attacks.sweeps import configurations, join_sweeps, with_changes
 from llm_unlearn.attacks.training_flags import FinetuningFlags, finetuning_settings, require_float32
 from llm_unlearn.cli.scoring import prepare, say_notes, show_results
-from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.errors import UserError, run_script
 from llm_unlearn.processes import end_process, set_up_logging
 
 logger = logging.getLogger("llm_unlearn")
@@ -78,7 +77,7 @@ def main(argv=None):
     Returns:
         int exit code: 0 done, 2 the user's mistake, 143 stopped by SIGTERM with a checkpoint.
     """
-    return run_cli(lambda: run(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(run, argv)
 
 
 def run(argv):

@@ -3,10 +3,9 @@
 import logging
 import math
 import os
-import sys
 import time
 
-from llm_unlearn.errors import UserError, run_cli
+from llm_unlearn.errors import UserError, run_script
 from llm_unlearn.memory.request import split_request
 from llm_unlearn.parsing import parse
 from llm_unlearn.processes import set_up_logging
@@ -22,7 +21,7 @@ def main(argv=None):
     Returns:
         int exit code: 0 done, 2 the user's mistake, 3 saved but not pushed, 143 stopped by SIGTERM with a checkpoint.
     """
-    return run_cli(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_script(_main, argv)
 
 
 def _main(argv):
